@@ -7,38 +7,67 @@
 #![forbid(unsafe_code)]
 #![allow(clippy::all, rustdoc::all)]
 
-/// Delta ADS (`envoy.service.discovery.v3`).
-pub mod discovery {
-    include!("generated/envoy.service.discovery.v3.rs");
+mod google {
+    pub mod rpc {
+        include!("generated/google.rpc.rs");
+    }
 }
-/// Workload discovery (`istio.workload`).
-pub mod workload {
-    include!("generated/istio.workload.rs");
+mod envoy {
+    pub mod service {
+        pub mod discovery {
+            pub mod v3 {
+                include!("generated/envoy.service.discovery.v3.rs");
+            }
+        }
+    }
 }
-/// L4 authorization (`istio.security`).
-pub mod security {
-    include!("generated/istio.security.rs");
+mod istio {
+    pub mod workload {
+        include!("generated/istio.workload.rs");
+    }
+    pub mod security {
+        include!("generated/istio.security.rs");
+    }
+    pub mod v1 {
+        pub mod auth {
+            include!("generated/istio.v1.auth.rs");
+        }
+    }
 }
-/// Certificate signing (`istio.v1.auth`).
-pub mod ca {
-    include!("generated/istio.v1.auth.rs");
+mod culvert {
+    pub mod mesh {
+        pub mod v1 {
+            include!("generated/culvert.mesh.v1.rs");
+        }
+    }
+    pub mod node {
+        pub mod v1 {
+            include!("generated/culvert.node.v1.rs");
+        }
+    }
+    pub mod agent {
+        pub mod v1 {
+            include!("generated/culvert.agent.v1.rs");
+        }
+    }
 }
-/// Culvert's own discovery types (`culvert.mesh.v1`).
-pub mod mesh {
-    include!("generated/culvert.mesh.v1.rs");
-}
-/// Agent and control (`culvert.node.v1`).
-pub mod node {
-    include!("generated/culvert.node.v1.rs");
-}
+
 /// Agent and ztunnel (`culvert.agent.v1`).
-pub mod agent {
-    include!("generated/culvert.agent.v1.rs");
-}
+pub use culvert::agent::v1 as agent;
+/// Culvert's own discovery types (`culvert.mesh.v1`).
+pub use culvert::mesh::v1 as mesh;
+/// Agent and control (`culvert.node.v1`).
+pub use culvert::node::v1 as node;
+/// Delta ADS (`envoy.service.discovery.v3`).
+pub use envoy::service::discovery::v3 as discovery;
 /// `google.rpc.Status`.
-pub mod rpc {
-    include!("generated/google.rpc.rs");
-}
+pub use google::rpc;
+/// L4 authorization (`istio.security`).
+pub use istio::security;
+/// Certificate signing (`istio.v1.auth`).
+pub use istio::v1::auth as ca;
+/// Workload discovery (`istio.workload`).
+pub use istio::workload;
 
 /// Type URLs of the resources on an ADS stream.
 pub mod type_url {

@@ -17,7 +17,12 @@ fn sources(dir: &Path) -> BTreeMap<String, String> {
     fs::read_dir(dir)
         .unwrap()
         .map(|entry| entry.unwrap().path())
-        .map(|path| (path.file_name().unwrap().to_str().unwrap().to_owned(), fs::read_to_string(path).unwrap()))
+        .map(|path| {
+            (
+                path.file_name().unwrap().to_str().unwrap().to_owned(),
+                fs::read_to_string(path).unwrap(),
+            )
+        })
         .collect()
 }
 
@@ -26,33 +31,21 @@ fn committed_code_is_what_the_proto_files_say() {
     let root = Path::new(env!("CARGO_MANIFEST_DIR"));
     let out = tempfile::tempdir().unwrap();
     let descriptors = protox::compile(FILES, [root.join("proto")]).unwrap();
-    // A package that is external to itself generates nothing, so each is generated in a pass of its own.
-    for package in
-        ["google.rpc", "envoy.service.discovery.v3", "istio.workload", "istio.security", "istio.v1.auth", "culvert.mesh.v1", "culvert.node.v1", "culvert.agent.v1"]
-    {
-        let mut config = prost_build::Config::new();
-        config.out_dir(out.path()).bytes([".istio.workload.Workload.addresses"]);
-        for (path, rust) in [
-            (".google.rpc", "crate::rpc"),
-            (".istio.workload", "crate::workload"),
-            (".istio.security", "crate::security"),
-        ] {
-            if path != format!(".{package}") {
-                config.extern_path(path, rust);
-            }
-        }
-        let mut only = descriptors.clone();
-        only.file.retain(|file| file.package() == package);
-        tonic_prost_build::configure()
-            .out_dir(out.path())
-            .compile_fds_with_config(only, config)
-            .unwrap();
-    }
+    let mut config = prost_build::Config::new();
+    config.bytes([".istio.workload.Workload.addresses"]);
+    tonic_prost_build::configure()
+        .out_dir(out.path())
+        .compile_fds_with_config(descriptors, config)
+        .unwrap();
     let committed = root.join("src/generated");
     if std::env::var_os("CULVERT_REGENERATE").is_some() {
         for (name, text) in sources(out.path()) {
             fs::write(committed.join(name), text).unwrap();
         }
     }
-    assert_eq!(sources(&committed), sources(out.path()), "run this test with CULVERT_REGENERATE=1");
+    assert_eq!(
+        sources(&committed),
+        sources(out.path()),
+        "run this test with CULVERT_REGENERATE=1"
+    );
 }
