@@ -37,12 +37,18 @@ impl FromStr for TrustDomain {
 
     fn from_str(text: &str) -> Result<Self, IdError> {
         let refuse = |reason: &str| {
-            Err(IdError::TrustDomain { text: quoted(text), reason: reason.to_owned() })
+            Err(IdError::TrustDomain {
+                text: quoted(text),
+                reason: reason.to_owned(),
+            })
         };
         if text.is_empty() || text.len() > 255 {
             return refuse("must have 1 to 255 bytes");
         }
-        if !text.bytes().all(|b| matches!(b, b'a'..=b'z' | b'0'..=b'9' | b'.' | b'_' | b'-')) {
+        if !text
+            .bytes()
+            .all(|b| matches!(b, b'a'..=b'z' | b'0'..=b'9' | b'.' | b'_' | b'-'))
+        {
             return refuse("only a-z, 0-9, '.', '_' and '-' are allowed");
         }
         Ok(Self(text.into()))
@@ -71,7 +77,11 @@ impl SpiffeId {
         namespace: &str,
         service_account: &str,
     ) -> Result<Self, IdError> {
-        format!("{SCHEME}{}/ns/{namespace}/sa/{service_account}", trust_domain.as_str()).parse()
+        format!(
+            "{SCHEME}{}/ns/{namespace}/sa/{service_account}",
+            trust_domain.as_str()
+        )
+        .parse()
     }
 
     pub fn as_str(&self) -> &str {
@@ -93,7 +103,12 @@ impl FromStr for SpiffeId {
     type Err = IdError;
 
     fn from_str(text: &str) -> Result<Self, IdError> {
-        let refuse = |reason: String| Err(IdError::SpiffeId { text: quoted(text), reason });
+        let refuse = |reason: String| {
+            Err(IdError::SpiffeId {
+                text: quoted(text),
+                reason,
+            })
+        };
         if text.len() > MAX_SPIFFE_ID_BYTES {
             return refuse(format!("longer than {MAX_SPIFFE_ID_BYTES} bytes"));
         }
@@ -111,8 +126,10 @@ impl FromStr for SpiffeId {
         let trust_domain: TrustDomain = id.trust_domain_name().parse()?;
         Ok(Self {
             uri: text.into(),
-            trust_domain_len: u8::try_from(trust_domain.as_str().len())
-                .map_err(|_| IdError::SpiffeId { text: quoted(text), reason: "trust domain too long".into() })?,
+            trust_domain_len: u8::try_from(trust_domain.as_str().len()).map_err(|_| IdError::SpiffeId {
+                text: quoted(text),
+                reason: "trust domain too long".into(),
+            })?,
         })
     }
 }
@@ -227,7 +244,15 @@ macro_rules! shown {
     )*};
 }
 
-shown!(TrustDomain, SpiffeId, WorkloadUid, PodUid, NetworkId, ServiceKey, PolicyKey);
+shown!(
+    TrustDomain,
+    SpiffeId,
+    WorkloadUid,
+    PodUid,
+    NetworkId,
+    ServiceKey,
+    PolicyKey
+);
 
 /// An address in its network: unique at one moment.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -298,7 +323,10 @@ mod tests {
     #[test]
     fn keys_have_a_namespace_and_a_name() {
         let key: ServiceKey = "shop/cart.shop.svc.cluster.local".parse().expect("legal");
-        assert_eq!((key.namespace(), key.hostname()), ("shop", "cart.shop.svc.cluster.local"));
+        assert_eq!(
+            (key.namespace(), key.hostname()),
+            ("shop", "cart.shop.svc.cluster.local")
+        );
         for bad in ["", "shop", "/cart", "shop/"] {
             assert!(bad.parse::<PolicyKey>().is_err(), "{bad:?}");
         }
