@@ -110,7 +110,11 @@ impl Workload {
             .and_then(|(_, ports)| ports.iter().find(|map| map.service_port == service_port))
             .and_then(|map| map.target);
         own.or_else(|| {
-            service.ports.iter().find(|map| map.service_port == service_port).and_then(|map| map.target)
+            service
+                .ports
+                .iter()
+                .find(|map| map.service_port == service_port)
+                .and_then(|map| map.target)
         })
     }
 }

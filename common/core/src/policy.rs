@@ -105,7 +105,10 @@ pub struct AccountMatch {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum PeerPlace<'a> {
     /// The workload that discovery names for this identity at this address.
-    Known { namespace: &'a str, service_account: &'a str },
+    Known {
+        namespace: &'a str,
+        service_account: &'a str,
+    },
     /// Not authenticated: it is in no namespace.
     Outside,
     /// Authenticated, but discovery does not say what holds this identity there.
@@ -233,10 +236,7 @@ pub fn judge<'p>(
     Judgement { verdict, would_deny }
 }
 
-fn verdict<'p>(
-    policies: impl Iterator<Item = &'p Policy> + Clone,
-    connection: &Connection<'_>,
-) -> Verdict {
+fn verdict<'p>(policies: impl Iterator<Item = &'p Policy> + Clone, connection: &Connection<'_>) -> Verdict {
     for policy in policies.clone() {
         if policy.defect.is_some() {
             return Verdict::Deny(Denial::Defective(policy.key.clone()));
@@ -245,7 +245,9 @@ fn verdict<'p>(
             return Verdict::Deny(Denial::Policy(policy.key.clone()));
         }
     }
-    let mut allows = policies.filter(|policy| policy.action == Action::Allow).peekable();
+    let mut allows = policies
+        .filter(|policy| policy.action == Action::Allow)
+        .peekable();
     if allows.peek().is_none() {
         return Verdict::Allow(None);
     }
@@ -288,9 +290,10 @@ impl Match {
             PeerPlace::Unknown => Truth::Unknown,
         };
         let account = |want: &AccountMatch| match connection.place {
-            PeerPlace::Known { namespace, service_account } => Truth::from(
-                *want.namespace == *namespace && *want.service_account == *service_account,
-            ),
+            PeerPlace::Known {
+                namespace,
+                service_account,
+            } => Truth::from(*want.namespace == *namespace && *want.service_account == *service_account),
             PeerPlace::Outside => Truth::No,
             PeerPlace::Unknown => Truth::Unknown,
         };
@@ -310,7 +313,11 @@ impl Match {
 
 /// One of `wanted`, if there are any, and none of `unwanted`.
 fn field<T>(wanted: &[T], unwanted: &[T], holds: impl Fn(&T) -> Truth) -> Truth {
-    let one_of = if wanted.is_empty() { Truth::Yes } else { Truth::any(wanted.iter().map(&holds)) };
+    let one_of = if wanted.is_empty() {
+        Truth::Yes
+    } else {
+        Truth::any(wanted.iter().map(&holds))
+    };
     Truth::all([one_of, Truth::any(unwanted.iter().map(&holds)).not()])
 }
 

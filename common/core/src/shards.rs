@@ -23,7 +23,11 @@ pub struct Shards<K, V> {
 
 impl<K, V> Default for Shards<K, V> {
     fn default() -> Self {
-        Self { shards: (0..SHARDS).map(|_| None).collect(), hasher: RandomState::new(), len: 0 }
+        Self {
+            shards: (0..SHARDS).map(|_| None).collect(),
+            hasher: RandomState::new(),
+            len: 0,
+        }
     }
 }
 
@@ -55,7 +59,9 @@ impl<K: Hash + Eq + Clone, V: Clone> Shards<K, V> {
         Q: Hash + Eq + ?Sized,
     {
         let index = self.index(key);
-        let shard = self.shards[index].as_mut().filter(|shard| shard.contains_key(key))?;
+        let shard = self.shards[index]
+            .as_mut()
+            .filter(|shard| shard.contains_key(key))?;
         let old = Arc::make_mut(shard).remove(key);
         self.len -= usize::from(old.is_some());
         old

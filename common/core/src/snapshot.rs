@@ -52,9 +52,18 @@ impl PolicySet {
         if let Some(missing) = named.iter().find(|key| self.by_key.get(*key).is_none()) {
             return Err(missing);
         }
-        let of_namespace = self.by_namespace.get(namespace).map(Vec::as_slice).unwrap_or_default();
+        let of_namespace = self
+            .by_namespace
+            .get(namespace)
+            .map(Vec::as_slice)
+            .unwrap_or_default();
         let selected = named.iter().filter_map(|key| self.by_key.get(key));
-        Ok(self.global.iter().chain(of_namespace).chain(selected).map(AsRef::as_ref))
+        Ok(self
+            .global
+            .iter()
+            .chain(of_namespace)
+            .chain(selected)
+            .map(AsRef::as_ref))
     }
 
     pub fn get(&self, key: &PolicyKey) -> Option<&Arc<Policy>> {
@@ -80,7 +89,9 @@ impl PolicySet {
             Scope::Global => Arc::make_mut(&mut self.global).push(policy.clone()),
             Scope::Namespace => {
                 let all = Arc::make_mut(&mut self.by_namespace);
-                all.entry(policy.key.namespace().into()).or_default().push(policy.clone());
+                all.entry(policy.key.namespace().into())
+                    .or_default()
+                    .push(policy.clone());
             }
             Scope::Workload => {}
         }
@@ -88,7 +99,9 @@ impl PolicySet {
     }
 
     fn remove(&mut self, key: &PolicyKey) {
-        let Some(old) = self.by_key.remove(key) else { return };
+        let Some(old) = self.by_key.remove(key) else {
+            return;
+        };
         match old.scope {
             Scope::Global => Arc::make_mut(&mut self.global).retain(|policy| policy.key != *key),
             Scope::Namespace => {
@@ -173,7 +186,10 @@ impl Snapshot {
 
     /// The endpoints of a service, in no order.
     pub fn endpoints(&self, service: &ServiceKey) -> &[Arc<Workload>] {
-        self.endpoints.get(service).map(|all| all.as_slice()).unwrap_or_default()
+        self.endpoints
+            .get(service)
+            .map(|all| all.as_slice())
+            .unwrap_or_default()
     }
 
     /// What `address` is to a client in `namespace`: a workload before a service, a VIP before a range.
@@ -181,15 +197,21 @@ impl Snapshot {
         if let Some(workload) = self.by_address.get(address) {
             return Lookup::Workload(workload);
         }
-        if let Some(service) =
-            self.by_vip.get(address).and_then(|all| preferred(all.iter(), namespace))
+        if let Some(service) = self
+            .by_vip
+            .get(address)
+            .and_then(|all| preferred(all.iter(), namespace))
         {
             return Lookup::Service(service);
         }
         if let Some(service) = self.range_of(address.ip, namespace) {
             return Lookup::Service(service);
         }
-        if self.unknown.get(address).is_some() { Lookup::Unknown } else { Lookup::Unanswered }
+        if self.unknown.get(address).is_some() {
+            Lookup::Unknown
+        } else {
+            Lookup::Unanswered
+        }
     }
 
     fn range_of(&self, ip: IpAddr, namespace: &str) -> Option<&Arc<Service>> {
@@ -197,7 +219,11 @@ impl Snapshot {
             .iter()
             .filter(|(range, service)| range.contains(&ip) && service.visible_from(namespace))
             .max_by_key(|(range, service)| {
-                (service.namespace() == namespace, range.prefix_len(), service.canonical)
+                (
+                    service.namespace() == namespace,
+                    range.prefix_len(),
+                    service.canonical,
+                )
             })
             .map(|(_, service)| service)
     }
@@ -241,15 +267,23 @@ impl Snapshot {
     }
 
     fn remove_workload(&mut self, uid: &WorkloadUid) {
-        let Some(old) = self.workloads.remove(uid) else { return };
+        let Some(old) = self.workloads.remove(uid) else {
+            return;
+        };
         for address in addresses(&old) {
             // The address may have passed to another workload, which keeps it.
-            if self.by_address.get(&address).is_some_and(|holder| holder.uid == *uid) {
+            if self
+                .by_address
+                .get(&address)
+                .is_some_and(|holder| holder.uid == *uid)
+            {
                 self.by_address.remove(&address);
             }
         }
         for (service, _) in &old.services {
-            let Some(endpoints) = self.endpoints.get(service) else { continue };
+            let Some(endpoints) = self.endpoints.get(service) else {
+                continue;
+            };
             if endpoints.len() == 1 && endpoints[0].uid == *uid {
                 self.endpoints.remove(service);
             } else {
@@ -266,7 +300,9 @@ impl Snapshot {
             self.unknown.remove(vip);
             self.by_vip.entry(vip.clone(), Vec::new).push(service.clone());
         }
-        self.by_hostname.entry(service.hostname().into(), Vec::new).push(service.clone());
+        self.by_hostname
+            .entry(service.hostname().into(), Vec::new)
+            .push(service.clone());
         if !service.ranges.is_empty() {
             let ranges = service.ranges.iter().map(|range| (*range, service.clone()));
             Arc::make_mut(&mut self.ranges).extend(ranges);
@@ -275,7 +311,9 @@ impl Snapshot {
     }
 
     fn remove_service(&mut self, key: &ServiceKey) {
-        let Some(old) = self.services.remove(key) else { return };
+        let Some(old) = self.services.remove(key) else {
+            return;
+        };
         for vip in &old.vips {
             leave(&mut self.by_vip, vip.clone(), key);
         }
@@ -287,7 +325,10 @@ impl Snapshot {
 }
 
 fn addresses(workload: &Workload) -> impl Iterator<Item = NetworkAddress> {
-    workload.addresses.iter().map(|ip| NetworkAddress { network: workload.network.clone(), ip: *ip })
+    workload.addresses.iter().map(|ip| NetworkAddress {
+        network: workload.network.clone(),
+        ip: *ip,
+    })
 }
 
 fn leave<K>(index: &mut Shards<K, Vec<Arc<Service>>>, at: K, key: &ServiceKey)
@@ -307,9 +348,9 @@ fn preferred<'s>(
     services: impl Iterator<Item = &'s Arc<Service>>,
     namespace: &str,
 ) -> Option<&'s Arc<Service>> {
-    services.filter(|service| service.visible_from(namespace)).min_by_key(|service| {
-        (service.namespace() != namespace, !service.canonical, &service.key)
-    })
+    services
+        .filter(|service| service.visible_from(namespace))
+        .min_by_key(|service| (service.namespace() != namespace, !service.canonical, &service.key))
 }
 
 #[cfg(test)]

@@ -10,18 +10,30 @@ fn policy(name: &str, action: Action, matches: Match) -> Policy {
         key: key(&format!("shop/{name}")),
         scope: Scope::Namespace,
         action,
-        rules: [Rule { clauses: [Clause { matches: [matches].into() }].into() }].into(),
+        rules: [Rule {
+            clauses: [Clause {
+                matches: [matches].into(),
+            }]
+            .into(),
+        }]
+        .into(),
         dry_run: false,
         defect: None,
     }
 }
 
 fn from_namespace(namespace: &str) -> Match {
-    Match { namespaces: [StringMatch::Exact(namespace.into())].into(), ..Match::default() }
+    Match {
+        namespaces: [StringMatch::Exact(namespace.into())].into(),
+        ..Match::default()
+    }
 }
 
 fn from_principal(want: StringMatch) -> Match {
-    Match { principals: [want].into(), ..Match::default() }
+    Match {
+        principals: [want].into(),
+        ..Match::default()
+    }
 }
 
 fn web() -> SpiffeId {
@@ -38,7 +50,10 @@ fn connection<'a>(identity: Option<&'a SpiffeId>, place: PeerPlace<'a>) -> Conne
     }
 }
 
-const IN_SHOP: PeerPlace<'static> = PeerPlace::Known { namespace: "shop", service_account: "web" };
+const IN_SHOP: PeerPlace<'static> = PeerPlace::Known {
+    namespace: "shop",
+    service_account: "web",
+};
 
 #[test]
 fn deny_wins_then_any_allow_then_default() {
@@ -47,13 +62,33 @@ fn deny_wins_then_any_allow_then_default() {
     let deny = |ns: &str| policy("d", Action::Deny, from_namespace(ns));
     for (case, policies, want) in [
         ("no policy", vec![], Verdict::Allow(None)),
-        ("allow hits", vec![allow("shop")], Verdict::Allow(Some(key("shop/a")))),
-        ("allow misses", vec![allow("bank")], Verdict::Deny(Denial::NoneAllows)),
+        (
+            "allow hits",
+            vec![allow("shop")],
+            Verdict::Allow(Some(key("shop/a"))),
+        ),
+        (
+            "allow misses",
+            vec![allow("bank")],
+            Verdict::Deny(Denial::NoneAllows),
+        ),
         ("deny misses", vec![deny("bank")], Verdict::Allow(None)),
-        ("deny wins over allow", vec![allow("shop"), deny("shop")], Verdict::Deny(Denial::Policy(key("shop/d")))),
-        ("one allow of two", vec![allow("bank"), allow("shop")], Verdict::Allow(Some(key("shop/a")))),
+        (
+            "deny wins over allow",
+            vec![allow("shop"), deny("shop")],
+            Verdict::Deny(Denial::Policy(key("shop/d"))),
+        ),
+        (
+            "one allow of two",
+            vec![allow("bank"), allow("shop")],
+            Verdict::Allow(Some(key("shop/a"))),
+        ),
     ] {
-        assert_eq!(judge(policies.iter(), &connection(Some(&web), IN_SHOP)).verdict, want, "{case}");
+        assert_eq!(
+            judge(policies.iter(), &connection(Some(&web), IN_SHOP)).verdict,
+            want,
+            "{case}"
+        );
     }
 }
 
@@ -62,26 +97,59 @@ fn what_discovery_does_not_say_never_admits() {
     let web = web();
     let unknown = connection(Some(&web), PeerPlace::Unknown);
     for (case, policies, want) in [
-        ("allow by namespace", vec![policy("a", Action::Allow, from_namespace("shop"))], false),
-        ("deny by namespace", vec![policy("d", Action::Deny, from_namespace("bank"))], false),
+        (
+            "allow by namespace",
+            vec![policy("a", Action::Allow, from_namespace("shop"))],
+            false,
+        ),
+        (
+            "deny by namespace",
+            vec![policy("d", Action::Deny, from_namespace("bank"))],
+            false,
+        ),
         (
             "deny of all but a namespace",
-            vec![policy("d", Action::Deny, Match { not_namespaces: from_namespace("shop").namespaces, ..Match::default() })],
+            vec![policy(
+                "d",
+                Action::Deny,
+                Match {
+                    not_namespaces: from_namespace("shop").namespaces,
+                    ..Match::default()
+                },
+            )],
             false,
         ),
         (
             "allow of all but a namespace",
-            vec![policy("a", Action::Allow, Match { not_namespaces: from_namespace("bank").namespaces, ..Match::default() })],
+            vec![policy(
+                "a",
+                Action::Allow,
+                Match {
+                    not_namespaces: from_namespace("bank").namespaces,
+                    ..Match::default()
+                },
+            )],
             false,
         ),
         (
             "allow by principal needs no namespace",
-            vec![policy("a", Action::Allow, from_principal(StringMatch::Exact(web.principal().into())))],
+            vec![policy(
+                "a",
+                Action::Allow,
+                from_principal(StringMatch::Exact(web.principal().into())),
+            )],
             true,
         ),
         (
             "deny by namespace and another port",
-            vec![policy("d", Action::Deny, Match { destination_ports: [1].into(), ..from_namespace("bank") })],
+            vec![policy(
+                "d",
+                Action::Deny,
+                Match {
+                    destination_ports: [1].into(),
+                    ..from_namespace("bank")
+                },
+            )],
             true,
         ),
     ] {
@@ -93,36 +161,85 @@ fn what_discovery_does_not_say_never_admits() {
 #[test]
 fn plaintext_has_no_identity_and_no_namespace() {
     let plain = connection(None, PeerPlace::Outside);
-    let strict = Match { not_principals: [StringMatch::Presence].into(), ..Match::default() };
+    let strict = Match {
+        not_principals: [StringMatch::Presence].into(),
+        ..Match::default()
+    };
     let web = web();
     let denies_plain = [policy("strict", Action::Deny, strict)];
-    assert_eq!(judge(denies_plain.iter(), &plain).verdict, Verdict::Deny(Denial::Policy(key("shop/strict"))));
-    assert_eq!(judge(denies_plain.iter(), &connection(Some(&web), IN_SHOP)).verdict, Verdict::Allow(None));
+    assert_eq!(
+        judge(denies_plain.iter(), &plain).verdict,
+        Verdict::Deny(Denial::Policy(key("shop/strict")))
+    );
+    assert_eq!(
+        judge(denies_plain.iter(), &connection(Some(&web), IN_SHOP)).verdict,
+        Verdict::Allow(None)
+    );
     let by_account = Match {
-        service_accounts: [AccountMatch { namespace: "".into(), service_account: "".into() }].into(),
+        service_accounts: [AccountMatch {
+            namespace: "".into(),
+            service_account: "".into(),
+        }]
+        .into(),
         ..Match::default()
     };
     let allows = [policy("a", Action::Allow, by_account)];
-    assert_eq!(judge(allows.iter(), &plain).verdict, Verdict::Deny(Denial::NoneAllows));
+    assert_eq!(
+        judge(allows.iter(), &plain).verdict,
+        Verdict::Deny(Denial::NoneAllows)
+    );
 }
 
 #[test]
 fn empty_rules_clauses_and_matches_mean_what_the_wire_says() {
     let web = web();
     let conn = connection(Some(&web), IN_SHOP);
-    let with_rules = |action, rules: Vec<Rule>| Policy { rules: rules.into(), ..policy("p", action, Match::default()) };
-    let only_empty_match = Rule { clauses: [Clause { matches: [Match::default()].into() }].into() };
+    let with_rules = |action, rules: Vec<Rule>| Policy {
+        rules: rules.into(),
+        ..policy("p", action, Match::default())
+    };
+    let only_empty_match = Rule {
+        clauses: [Clause {
+            matches: [Match::default()].into(),
+        }]
+        .into(),
+    };
     for (case, policy, admitted) in [
-        ("ALLOW without rules denies all", with_rules(Action::Allow, vec![]), false),
-        ("DENY without rules does nothing", with_rules(Action::Deny, vec![]), true),
-        ("ALLOW rule without clauses matches all", with_rules(Action::Allow, vec![Rule::default()]), true),
-        ("DENY rule without clauses matches all", with_rules(Action::Deny, vec![Rule::default()]), false),
         (
-            "a clause without matches matches all",
-            with_rules(Action::Allow, vec![Rule { clauses: [Clause::default()].into() }]),
+            "ALLOW without rules denies all",
+            with_rules(Action::Allow, vec![]),
+            false,
+        ),
+        (
+            "DENY without rules does nothing",
+            with_rules(Action::Deny, vec![]),
             true,
         ),
-        ("a clause of only empty matches never matches", with_rules(Action::Allow, vec![only_empty_match]), false),
+        (
+            "ALLOW rule without clauses matches all",
+            with_rules(Action::Allow, vec![Rule::default()]),
+            true,
+        ),
+        (
+            "DENY rule without clauses matches all",
+            with_rules(Action::Deny, vec![Rule::default()]),
+            false,
+        ),
+        (
+            "a clause without matches matches all",
+            with_rules(
+                Action::Allow,
+                vec![Rule {
+                    clauses: [Clause::default()].into(),
+                }],
+            ),
+            true,
+        ),
+        (
+            "a clause of only empty matches never matches",
+            with_rules(Action::Allow, vec![only_empty_match]),
+            false,
+        ),
     ] {
         let verdict = judge([&policy].into_iter(), &conn).verdict;
         assert_eq!(matches!(verdict, Verdict::Allow(_)), admitted, "{case}");
@@ -133,8 +250,10 @@ fn empty_rules_clauses_and_matches_mean_what_the_wire_says() {
 fn a_policy_that_could_not_be_read_whole_denies() {
     let web = web();
     for action in [Action::Allow, Action::Deny] {
-        let defective =
-            Policy { defect: Some("unknown field 99".into()), ..policy("p", action, from_namespace("shop")) };
+        let defective = Policy {
+            defect: Some("unknown field 99".into()),
+            ..policy("p", action, from_namespace("shop"))
+        };
         let verdict = judge([&defective].into_iter(), &connection(Some(&web), IN_SHOP)).verdict;
         assert_eq!(verdict, Verdict::Deny(Denial::Defective(key("shop/p"))));
     }
@@ -144,15 +263,26 @@ fn a_policy_that_could_not_be_read_whole_denies() {
 fn dry_run_is_reported_and_not_enforced() {
     let web = web();
     let conn = connection(Some(&web), IN_SHOP);
-    let dry = |action, matches| Policy { dry_run: true, ..policy("dry", action, matches) };
+    let dry = |action, matches| Policy {
+        dry_run: true,
+        ..policy("dry", action, matches)
+    };
     for (case, policies, want) in [
         (
             "would be denied",
             vec![dry(Action::Deny, from_namespace("shop"))],
             Some(Denial::Policy(key("shop/dry"))),
         ),
-        ("would miss the only allow", vec![dry(Action::Allow, from_namespace("bank"))], Some(Denial::NoneAllows)),
-        ("would be allowed", vec![dry(Action::Allow, from_namespace("shop"))], None),
+        (
+            "would miss the only allow",
+            vec![dry(Action::Allow, from_namespace("bank"))],
+            Some(Denial::NoneAllows),
+        ),
+        (
+            "would be allowed",
+            vec![dry(Action::Allow, from_namespace("shop"))],
+            None,
+        ),
     ] {
         let judgement = judge(policies.iter(), &conn);
         assert!(matches!(judgement.verdict, Verdict::Allow(_)), "{case}");
@@ -183,7 +313,11 @@ fn t33_no_wildcard_meaning_in_ids() {
 #[test]
 fn t29_a_forged_address_gains_nothing_where_identity_is_asked_for() {
     let mallory: SpiffeId = "spiffe://cluster.local/ns/evil/sa/mallory".parse().unwrap();
-    let policies = [policy("a", Action::Allow, from_principal(StringMatch::Exact(web().principal().into())))];
+    let policies = [policy(
+        "a",
+        Action::Allow,
+        from_principal(StringMatch::Exact(web().principal().into())),
+    )];
     let verdict = judge(policies.iter(), &connection(Some(&mallory), IN_SHOP)).verdict;
     assert_eq!(verdict, Verdict::Deny(Denial::NoneAllows));
 }
@@ -264,10 +398,19 @@ fn any_policy() -> impl Strategy<Value = Policy> {
         rules: rules
             .into_iter()
             .map(|clauses| Rule {
-                clauses: clauses.into_iter().map(|matches| Clause { matches: matches.into() }).collect(),
+                clauses: clauses
+                    .into_iter()
+                    .map(|matches| Clause {
+                        matches: matches.into(),
+                    })
+                    .collect(),
             })
             .collect(),
-        ..policy("p", if deny { Action::Deny } else { Action::Allow }, Match::default())
+        ..policy(
+            "p",
+            if deny { Action::Deny } else { Action::Allow },
+            Match::default(),
+        )
     })
 }
 

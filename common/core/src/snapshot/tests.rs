@@ -6,7 +6,10 @@ use crate::{
 };
 
 fn at(ip: &str) -> NetworkAddress {
-    NetworkAddress { network: NetworkId::from(""), ip: ip.parse().unwrap() }
+    NetworkAddress {
+        network: NetworkId::from(""),
+        ip: ip.parse().unwrap(),
+    }
 }
 
 fn workload(uid: &str, ip: &str, services: &[&str]) -> Change {
@@ -26,7 +29,14 @@ fn workload(uid: &str, ip: &str, services: &[&str]) -> Change {
         services: services
             .iter()
             .map(|key| {
-                (key.parse().unwrap(), [PortMap { service_port: 80, target: Some(8080) }].into())
+                (
+                    key.parse().unwrap(),
+                    [PortMap {
+                        service_port: 80,
+                        target: Some(8080),
+                    }]
+                    .into(),
+                )
             })
             .collect(),
         policies: [].into(),
@@ -49,7 +59,11 @@ fn service(key: &str, vip: &str) -> Service {
         name: "x".into(),
         vips: [at(vip)].into(),
         ranges: [].into(),
-        ports: [PortMap { service_port: 80, target: None }].into(),
+        ports: [PortMap {
+            service_port: 80,
+            target: None,
+        }]
+        .into(),
         subject_alt_names: [].into(),
         waypoint: None,
         balancing: Balancing::default(),
@@ -74,15 +88,27 @@ fn an_address_is_a_workload_a_service_unknown_or_unanswered() {
         Change::Unknown(at("192.0.2.1")),
     ]);
     assert!(matches!(snapshot.lookup(&at("10.0.0.1"), "shop"), Lookup::Workload(w) if w.uid.as_str() == "w"));
-    assert!(matches!(snapshot.lookup(&at("10.96.0.1"), "shop"), Lookup::Service(_)));
-    assert!(matches!(snapshot.lookup(&at("192.0.2.1"), "shop"), Lookup::Unknown));
-    assert!(matches!(snapshot.lookup(&at("192.0.2.2"), "shop"), Lookup::Unanswered));
+    assert!(matches!(
+        snapshot.lookup(&at("10.96.0.1"), "shop"),
+        Lookup::Service(_)
+    ));
+    assert!(matches!(
+        snapshot.lookup(&at("192.0.2.1"), "shop"),
+        Lookup::Unknown
+    ));
+    assert!(matches!(
+        snapshot.lookup(&at("192.0.2.2"), "shop"),
+        Lookup::Unanswered
+    ));
 }
 
 #[test]
 fn what_was_unknown_is_known_once_it_arrives() {
     let snapshot = snapshot([Change::Unknown(at("10.0.0.1")), workload("w", "10.0.0.1", &[])]);
-    assert!(matches!(snapshot.lookup(&at("10.0.0.1"), "shop"), Lookup::Workload(_)));
+    assert!(matches!(
+        snapshot.lookup(&at("10.0.0.1"), "shop"),
+        Lookup::Workload(_)
+    ));
     let mut gone = snapshot.clone();
     gone.apply(Change::RemoveWorkload("w".into()));
     assert!(matches!(gone.lookup(&at("10.0.0.1"), "shop"), Lookup::Unanswered));
@@ -113,8 +139,14 @@ fn f24_an_address_belongs_to_its_last_holder() {
 
 #[test]
 fn t53_duplicate_names_are_decided_by_the_clients_namespace_then_canonical() {
-    let canonical = Service { canonical: true, ..service("platform/api.example", "10.96.0.1") };
-    let hidden = Service { visibility: Visibility::Namespace, ..service("evil/api.example", "10.96.0.1") };
+    let canonical = Service {
+        canonical: true,
+        ..service("platform/api.example", "10.96.0.1")
+    };
+    let hidden = Service {
+        visibility: Visibility::Namespace,
+        ..service("evil/api.example", "10.96.0.1")
+    };
     let snapshot = snapshot(
         [service("aaa/api.example", "10.96.0.1"), hidden, canonical]
             .map(|service| Change::Service(Box::new(service))),
@@ -124,7 +156,11 @@ fn t53_duplicate_names_are_decided_by_the_clients_namespace_then_canonical() {
             panic!("no service for {client}")
         };
         assert_eq!(service.namespace(), want, "by address from {client}");
-        assert_eq!(snapshot.service_named("api.example", client).unwrap().namespace(), want, "by name");
+        assert_eq!(
+            snapshot.service_named("api.example", client).unwrap().namespace(),
+            want,
+            "by name"
+        );
     }
 }
 
