@@ -9,6 +9,7 @@
 
 #![forbid(unsafe_code)]
 
+pub mod hbone;
 pub mod ids;
 pub mod mesh;
 pub mod policy;

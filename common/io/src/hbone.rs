@@ -1,0 +1,68 @@
+//! The tunnel: user connections as HTTP/2 CONNECT streams over one mutual-TLS connection.
+//!
+//! ```text
+//! dial:   socket ─TLS─▶ HTTP/2 ─▶ Tunnel::open(Connect) ─▶ Stream ◀─relay─▶ application socket
+//! accept: socket ─TLS─▶ HTTP/2 ─▶ Incoming::next ─▶ (Connect, Responder) ─accept─▶ Stream
+//! ```
+//! What is above sees [`Stream`]s and not the transport. Invariant: no byte of the client's reaches a
+//! [`Stream`] before the responder has accepted it, and none is sent before the 200 has come.
+
+mod client;
+mod server;
+mod stream;
+
+pub use client::{DialError, OpenError, Tunnel, dial};
+pub use server::{AcceptError, Incoming, Responder, accept};
+pub(crate) use stream::Counted;
+pub use stream::Stream;
+
+use std::time::Duration;
+
+/// Streams that one tunnel carries at once; advertised by the accepting end.
+pub const MAX_STREAMS: u32 = 200;
+
+/// Receive window of a stream at first.
+pub const STREAM_WINDOW: u32 = 256 * 1024;
+
+/// Receive window of a stream once a stream of its tunnel has moved [`GROW_AFTER`] bytes.
+pub const GROWN_STREAM_WINDOW: u32 = 1024 * 1024;
+
+/// Bytes that one stream moves before its tunnel's windows grow.
+pub const GROW_AFTER: u64 = 4 * 1024 * 1024;
+
+/// Receive window of the whole tunnel: every stream may stall with a full window and the next one still
+/// moves (settled D16). A promise, not memory: what a stream may buffer is bounded by its own window.
+const CONNECTION_WINDOW: u32 = MAX_STREAMS * GROWN_STREAM_WINDOW;
+
+/// Largest DATA frame. A frame is handed on once it is whole, so a larger one saves heads and costs
+/// latency.
+const MAX_FRAME: u32 = 64 * 1024;
+
+/// What unread DATA frames may cost before a connection is ended. The library's default, half the
+/// connection window counted at 255 bytes a frame, lets one stalled reader of small frames end a tunnel
+/// that others share; flow control already bounds what a stream can hold.
+const DATA_FRAME_BUDGET: usize = 256 * 1024 * 1024;
+
+/// Bytes of decoded headers that a request may have.
+const MAX_HEADER_LIST: u32 = 16 * 1024;
+
+/// How long a peer may take from the first byte to the end of the TLS handshake and HTTP/2 preface.
+pub const HANDSHAKE_DEADLINE: Duration = Duration::from_secs(10);
+
+/// A tunnel without an answer to a PING is asked again after this, and given up after the second.
+const PING_INTERVAL: Duration = Duration::from_secs(10);
+const PING_DEADLINE: Duration = Duration::from_secs(20);
+
+/// Answers PINGs' absence: returns once the peer has not answered one in time.
+async fn keep_alive(mut pings: h2::PingPong) {
+    loop {
+        tokio::time::sleep(PING_INTERVAL).await;
+        match tokio::time::timeout(PING_DEADLINE, pings.ping(h2::Ping::opaque())).await {
+            Ok(Ok(_)) => {}
+            Ok(Err(_)) | Err(_) => return,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,181 @@
+//! The end that accepts.
+
+use super::{
+    CONNECTION_WINDOW, DATA_FRAME_BUDGET, GROWN_STREAM_WINDOW, HANDSHAKE_DEADLINE, MAX_FRAME,
+    MAX_HEADER_LIST, MAX_STREAMS, STREAM_WINDOW, keep_alive,
+    stream::{Counted, Shared, Stream},
+};
+use crate::tls::{LeafError, VerifyError, leaf_expiry, leaf_identity};
+use bytes::Bytes;
+use culvert_core::{
+    hbone::{Connect, ConnectError},
+    ids::SpiffeId,
+};
+use h2::{RecvStream, server::SendResponse};
+use http::{Response, StatusCode};
+use rustls::ServerConfig;
+use std::{
+    io,
+    pin::Pin,
+    sync::{Arc, atomic::Ordering},
+    task::{Context, Poll},
+    time::SystemTime,
+};
+use tokio::io::{AsyncRead, AsyncWrite};
+use tokio_rustls::{TlsAcceptor, server::TlsStream};
+
+/// Why an arriving connection became no tunnel.
+#[derive(Debug, thiserror::Error)]
+pub enum AcceptError {
+    #[error("handshake not done within {} s", HANDSHAKE_DEADLINE.as_secs())]
+    Timeout,
+    #[error("TLS handshake: {0}")]
+    Tls(#[source] io::Error),
+    #[error("peer's certificate: {0}")]
+    Peer(#[from] LeafError),
+    #[error("peer does not speak HTTP/2")]
+    Alpn,
+    #[error("HTTP/2: {0}")]
+    Http(#[from] h2::Error),
+}
+
+impl AcceptError {
+    /// The verifier's verdict, if it was the peer's certificate.
+    pub fn verdict(&self) -> Option<&VerifyError> {
+        match self {
+            Self::Tls(error) => VerifyError::of(error),
+            Self::Timeout | Self::Peer(_) | Self::Alpn | Self::Http(_) => None,
+        }
+    }
+}
+
+/// An accepted tunnel; its streams arrive by [`Incoming::next`], which also drives it.
+pub struct Incoming<IO> {
+    connection: h2::server::Connection<TlsStream<IO>, Bytes>,
+    alive: Pin<Box<dyn Future<Output = ()> + Send>>,
+    shared: Arc<Shared>,
+    grown: bool,
+    pub peer: SpiffeId,
+    pub peer_not_after: SystemTime,
+}
+
+/// Takes an arriving connection through TLS and the HTTP/2 preface, within the handshake's deadline.
+pub async fn accept<IO>(io: IO, config: Arc<ServerConfig>) -> Result<Incoming<IO>, AcceptError>
+where
+    IO: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+{
+    let handshake = Box::pin(async {
+        let tls = TlsAcceptor::from(config)
+            .accept(io)
+            .await
+            .map_err(AcceptError::Tls)?;
+        let session = tls.get_ref().1;
+        if session.alpn_protocol() != Some(b"h2") {
+            return Err(AcceptError::Alpn);
+        }
+        let leaf = session
+            .peer_certificates()
+            .and_then(|chain| chain.first())
+            .ok_or(LeafError::NoName)?;
+        let (peer, peer_not_after) = (leaf_identity(leaf)?, leaf_expiry(leaf)?);
+        let mut connection = h2::server::Builder::new()
+            .initial_window_size(STREAM_WINDOW)
+            .initial_connection_window_size(CONNECTION_WINDOW)
+            .max_frame_size(MAX_FRAME)
+            .max_header_list_size(MAX_HEADER_LIST)
+            .max_concurrent_streams(MAX_STREAMS)
+            .max_send_buffer_size(GROWN_STREAM_WINDOW as usize)
+            .data_frame_budget(DATA_FRAME_BUDGET)
+            .handshake(tls)
+            .await?;
+        let alive: Pin<Box<dyn Future<Output = ()> + Send>> = match connection.ping_pong() {
+            Some(pings) => Box::pin(keep_alive(pings)),
+            None => Box::pin(std::future::pending()),
+        };
+        Ok(Incoming {
+            connection,
+            alive,
+            shared: Arc::default(),
+            grown: false,
+            peer,
+            peer_not_after,
+        })
+    });
+    tokio::time::timeout(HANDSHAKE_DEADLINE, handshake)
+        .await
+        .map_err(|_| AcceptError::Timeout)?
+}
+
+impl<IO> Incoming<IO>
+where
+    IO: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+{
+    /// The next request, or none once the tunnel has ended. Cancel safe; nothing moves in any stream of
+    /// the tunnel while this is not polled.
+    pub async fn next(&mut self) -> Option<(Result<Connect, ConnectError>, Responder)> {
+        std::future::poll_fn(|cx| self.poll_next(cx)).await
+    }
+
+    fn poll_next(
+        &mut self,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<(Result<Connect, ConnectError>, Responder)>> {
+        self.shared.driver.register(cx.waker());
+        if !self.grown && self.shared.grow.load(Ordering::Relaxed) {
+            self.grown = true;
+            let _ = self.connection.set_initial_window_size(GROWN_STREAM_WINDOW);
+        }
+        if self.alive.as_mut().poll(cx).is_ready() {
+            return Poll::Ready(None);
+        }
+        match self.connection.poll_accept(cx) {
+            Poll::Pending => Poll::Pending,
+            Poll::Ready(Some(Ok((request, respond)))) => {
+                let (head, recv) = request.into_parts();
+                let counted = Counted::new(&self.shared);
+                Poll::Ready(Some((
+                    Connect::decode(&head),
+                    Responder {
+                        respond,
+                        recv,
+                        counted,
+                    },
+                )))
+            }
+            Poll::Ready(Some(Err(_)) | None) => Poll::Ready(None),
+        }
+    }
+
+    /// Tells the peer to open no more streams here; the open ones go on.
+    pub fn drain(&mut self) {
+        self.connection.graceful_shutdown();
+    }
+
+    /// Streams open now.
+    pub fn streams(&self) -> usize {
+        self.shared.streams.load(Ordering::Relaxed)
+    }
+}
+
+/// The right to answer one request, once.
+pub struct Responder {
+    respond: SendResponse<Bytes>,
+    recv: RecvStream,
+    counted: Counted,
+}
+
+impl Responder {
+    /// Answers 200: the application has accepted.
+    pub fn accept(mut self) -> Result<Stream, h2::Error> {
+        let send = self.respond.send_response(Response::new(()), false)?;
+        Ok(Stream::new(send, self.recv, self.counted))
+    }
+
+    /// Answers with an error and nothing else: no body, no reason.
+    pub fn refuse(mut self, status: StatusCode) {
+        let mut response = Response::new(());
+        *response.status_mut() = status;
+        // It fails only when the peer has gone, who needs no answer.
+        let _ = self.respond.send_response(response, true);
+    }
+}

@@ -1,0 +1,195 @@
+use super::*;
+use crate::{
+    copy::{Fault, Flow, Initiator, relay},
+    tls::{
+        Expected, client_config, server_config,
+        tests::{Authority, CART, WEB},
+    },
+};
+use culvert_core::hbone::{Baggage, Connect, Forwarded};
+use http::StatusCode;
+use std::sync::Arc;
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::{TcpListener, TcpStream},
+};
+
+fn connect() -> Connect {
+    Connect {
+        authority: "10.0.0.1:80".parse().unwrap(),
+        baggage: Baggage::default(),
+        forwarded: Forwarded::default(),
+        traceparent: None,
+    }
+}
+
+async fn socket_pair() -> (TcpStream, TcpStream) {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let (near, far) = tokio::join!(
+        TcpStream::connect(listener.local_addr().unwrap()),
+        listener.accept()
+    );
+    (near.unwrap(), far.unwrap().0)
+}
+
+/// A tunnel whose far end accepts everything and relays it to the given application socket.
+struct Pair {
+    app: TcpStream,
+    server: TcpStream,
+    near: Arc<Flow>,
+    ended: tokio::task::JoinHandle<(Result<(), Fault>, Result<(), Fault>)>,
+}
+
+async fn tunnel() -> (Tunnel, Incoming<TcpStream>) {
+    let ca = Authority::new("cluster.local");
+    let (near, far) = socket_pair().await;
+    let expected = Expected::OneOf([CART.parse().unwrap()].into());
+    let dialling = dial(
+        near,
+        client_config(&ca.svid(WEB), &ca.bundles(), expected).unwrap(),
+    );
+    let accepting = accept(far, server_config(&ca.svid(CART), &ca.bundles()).unwrap());
+    let (dialled, accepted) = tokio::join!(dialling, accepting);
+    let (tunnel, driver) = dialled.unwrap();
+    tokio::spawn(driver);
+    (tunnel, accepted.unwrap())
+}
+
+async fn pair() -> Pair {
+    let (tunnel, mut incoming) = tunnel().await;
+    assert_eq!((tunnel.peer().as_str(), incoming.peer.as_str()), (CART, WEB));
+    let (app, captured) = socket_pair().await;
+    let (delivered, server) = socket_pair().await;
+    let far = tokio::spawn(async move {
+        let (asked, responder) = incoming.next().await.unwrap();
+        assert_eq!(asked, Ok(connect()));
+        let stream = responder.accept().unwrap();
+        let flow = Flow::default();
+        tokio::spawn(async move { while incoming.next().await.is_some() {} });
+        relay(delivered, stream, &flow, Initiator::Stream).await
+    });
+    let near = Arc::new(Flow::default());
+    let flow = near.clone();
+    let ended = tokio::spawn(async move {
+        let stream = tunnel.open(&connect()).await.unwrap();
+        let near = relay(captured, stream, &flow, Initiator::Socket).await;
+        drop(tunnel);
+        (near, far.await.unwrap())
+    });
+    Pair {
+        app,
+        server,
+        near,
+        ended,
+    }
+}
+
+#[tokio::test]
+async fn f53_bytes_and_half_closes_pass_both_ways() {
+    let Pair {
+        mut app,
+        mut server,
+        near,
+        ended,
+    } = pair().await;
+    app.write_all(b"ping").await.unwrap();
+    let mut four = [0; 4];
+    server.read_exact(&mut four).await.unwrap();
+    app.shutdown().await.unwrap();
+    assert_eq!(server.read(&mut four).await.unwrap(), 0, "FIN arrives");
+    server.write_all(b"late answer").await.unwrap();
+    drop(server);
+    let mut rest = vec![];
+    app.read_to_end(&mut rest).await.unwrap();
+    assert_eq!(rest, b"late answer");
+    let (near_end, far_end) = ended.await.unwrap();
+    assert!(near_end.is_ok() && far_end.is_ok(), "{near_end:?} {far_end:?}");
+    use std::sync::atomic::Ordering::Relaxed;
+    assert_eq!((near.received.load(Relaxed), near.sent.load(Relaxed)), (4, 11));
+}
+
+#[tokio::test]
+async fn f53_a_reset_is_a_reset_at_the_other_end() {
+    let Pair {
+        app,
+        mut server,
+        ended,
+        ..
+    } = pair().await;
+    crate::copy::reset(&app);
+    drop(app);
+    let error = server.read(&mut [0; 4]).await.unwrap_err();
+    assert_eq!(error.kind(), std::io::ErrorKind::ConnectionReset);
+    let (near, far) = ended.await.unwrap();
+    assert!(
+        matches!(near, Err(Fault::Application(_))) && matches!(far, Err(Fault::Tunnel(_))),
+        "{near:?} {far:?}"
+    );
+}
+
+#[tokio::test]
+async fn f46_a_cut_resets_both_applications() {
+    let Pair {
+        mut app,
+        mut server,
+        near,
+        ended,
+    } = pair().await;
+    app.write_all(b"x").await.unwrap();
+    server.read_exact(&mut [0; 1]).await.unwrap();
+    near.cut();
+    for end in [&mut app, &mut server] {
+        assert_eq!(
+            end.read(&mut [0; 1]).await.unwrap_err().kind(),
+            std::io::ErrorKind::ConnectionReset
+        );
+    }
+    assert!(matches!(ended.await.unwrap().0, Err(Fault::Cut)));
+}
+
+#[tokio::test]
+async fn a_refusal_is_a_status_and_the_tunnel_goes_on() {
+    let (tunnel, mut incoming) = tunnel().await;
+    tokio::spawn(async move {
+        let (_, responder) = incoming.next().await.unwrap();
+        responder.refuse(StatusCode::UNAUTHORIZED);
+        let (_, responder) = incoming.next().await.unwrap();
+        let _stream = responder.accept().unwrap();
+        while incoming.next().await.is_some() {}
+    });
+    let refused = tunnel.open(&connect()).await;
+    assert!(
+        matches!(refused, Err(OpenError::Refused(StatusCode::UNAUTHORIZED))),
+        "{refused:?}"
+    );
+    tunnel.open(&connect()).await.unwrap();
+}
+
+#[tokio::test]
+async fn bulk_arrives_whole_and_in_order() {
+    let Pair {
+        app,
+        mut server,
+        ended,
+        ..
+    } = pair().await;
+    let (mut app_read, mut app_write) = app.into_split();
+    let sender = tokio::spawn(async move {
+        for round in 0..512u32 {
+            let block: Vec<u8> = (0..32 * 1024u32).map(|i| (i ^ round) as u8).collect();
+            app_write.write_all(&block).await.unwrap();
+        }
+        app_write.shutdown().await.unwrap();
+    });
+    let mut all = Vec::new();
+    server.read_to_end(&mut all).await.unwrap();
+    assert_eq!(all.len(), 512 * 32 * 1024);
+    for (at, byte) in all.iter().enumerate() {
+        let (round, i) = ((at / 32768) as u32, (at % 32768) as u32);
+        assert_eq!(*byte, (i ^ round) as u8, "at {at}");
+    }
+    sender.await.unwrap();
+    drop(server);
+    assert_eq!(app_read.read(&mut [0; 1]).await.unwrap(), 0);
+    assert!(ended.await.unwrap().0.is_ok());
+}

@@ -1,0 +1,129 @@
+//! The command line, read once into checked values.
+
+use clap::{Parser, ValueEnum};
+use std::{net::SocketAddr, path::PathBuf, time::Duration};
+
+/// The node's L4 proxy: captures pods' connections and carries them by HBONE.
+#[derive(Debug, Clone, Parser)]
+#[command(name = "ztunnel", version, about)]
+pub struct Config {
+    /// Socket on which the node's agent hands over listeners and sockets.
+    #[arg(long, env = "CULVERT_AGENT_SOCKET", default_value = "/run/culvert/ztunnel.sock")]
+    pub agent_socket: PathBuf,
+
+    /// Control plane, `https://host-or-ip:15012`.
+    #[arg(long, env = "CULVERT_CONTROL")]
+    pub control: String,
+
+    /// PEM bundle that the control plane's certificate is verified against.
+    #[arg(long, env = "CULVERT_CONTROL_CA")]
+    pub control_ca: PathBuf,
+
+    /// Name in the control plane's certificate.
+    #[arg(long, env = "CULVERT_CONTROL_NAME", default_value = "control.culvert-system.svc")]
+    pub control_name: String,
+
+    /// File with this node's token, sent with every call.
+    #[arg(long, env = "CULVERT_TOKEN")]
+    pub token: PathBuf,
+
+    /// Name of this node.
+    #[arg(long, env = "CULVERT_NODE")]
+    pub node: String,
+
+    /// Folder for the last good snapshot; made with mode 0700. Keys are never written.
+    #[arg(long, env = "CULVERT_STATE_DIR")]
+    pub state_dir: PathBuf,
+
+    /// Admin pages; loopback only.
+    #[arg(long, env = "CULVERT_ADMIN", default_value = "127.0.0.1:15000")]
+    pub admin: SocketAddr,
+
+    /// Metrics, read-only.
+    #[arg(long, env = "CULVERT_METRICS", default_value = "[::]:15020")]
+    pub metrics: SocketAddr,
+
+    /// Readiness, `GET /healthz/ready`.
+    #[arg(long, env = "CULVERT_READINESS", default_value = "[::]:15021")]
+    pub readiness: SocketAddr,
+
+    /// Threads that carry traffic; 0 is one per core.
+    #[arg(long, env = "CULVERT_WORKERS", default_value_t = 0)]
+    pub workers: usize,
+
+    /// How long open connections may go on after SIGTERM or when a successor is ready.
+    #[arg(long, env = "CULVERT_DRAIN_TIME", default_value = "30s", value_parser = duration)]
+    pub drain_time: Duration,
+
+    /// What this node asks control for.
+    #[arg(long, env = "CULVERT_DISCOVERY", value_enum, default_value_t = Discovery::OnDemand)]
+    pub discovery: Discovery,
+
+    /// Form of the log.
+    #[arg(long, env = "CULVERT_LOG_FORMAT", value_enum, default_value_t = LogFormat::Text)]
+    pub log_format: LogFormat,
+
+    /// Log filter, in the syntax of `tracing-subscriber`'s `EnvFilter`.
+    #[arg(long, env = "CULVERT_LOG", default_value = "info")]
+    pub log: String,
+
+    /// PEM file of certificate revocation lists, re-read when it changes.
+    #[arg(long, env = "CULVERT_CRL")]
+    pub crl: Option<PathBuf>,
+
+    /// Open connections one workload may have, both directions together.
+    #[arg(long, env = "CULVERT_MAX_CONNECTIONS", default_value_t = 20_000)]
+    pub max_connections: usize,
+
+    /// Dials and handshakes one workload may have in flight.
+    #[arg(long, env = "CULVERT_MAX_PENDING", default_value_t = 512)]
+    pub max_pending: usize,
+}
+
+/// How much of the mesh a node learns.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Discovery {
+    /// What its pods talk to, when they first do.
+    OnDemand,
+    /// Everything.
+    Wildcard,
+}
+
+/// Form of the log.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum LogFormat {
+    Text,
+    Json,
+}
+
+/// Reads `500ms`, `30s`, `5m` or `1h`.
+fn duration(text: &str) -> Result<Duration, String> {
+    let digits = text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len());
+    let (number, unit) = text.split_at(digits);
+    let number: u64 = number.parse().map_err(|_| format!("{text:?} does not start with a whole number"))?;
+    let seconds = |factor: u64| {
+        number.checked_mul(factor).map(Duration::from_secs).ok_or_else(|| format!("{text:?} is too long"))
+    };
+    match unit {
+        "ms" => Ok(Duration::from_millis(number)),
+        "s" => seconds(1),
+        "m" => seconds(60),
+        "h" => seconds(3600),
+        _ => Err(format!("{text:?} has no unit: write ms, s, m or h")),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn durations_name_their_unit() {
+        assert_eq!(duration("500ms"), Ok(Duration::from_millis(500)));
+        assert_eq!(duration("30s"), Ok(Duration::from_secs(30)));
+        assert_eq!(duration("1h"), Ok(Duration::from_secs(3600)));
+        for bad in ["", "30", "s", "-1s", "1d", "99999999999999999999s", "9999999999999999999h"] {
+            assert!(duration(bad).is_err(), "{bad:?}");
+        }
+    }
+}
