@@ -1,0 +1,363 @@
+//! Processes of the lab: started in an endpoint's namespace, bounded, and killed with what owns them.
+//!
+//! Invariant: every wait has a deadline, and a signal reaches only a process that has not been reaped.
+
+use std::ffi::OsString;
+use std::fs::{self, File};
+use std::io::{self, Read};
+use std::os::unix::process::{CommandExt, ExitStatusExt};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus, Output, Stdio};
+use std::sync::{Mutex, MutexGuard, PoisonError, mpsc};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use rustix::thread::CapabilitySet;
+
+use super::namespaces::{FirstProcess, NetNs};
+
+/// What to start and with which rights.
+#[derive(Debug)]
+pub struct Start {
+    pub command: Command,
+    /// Runs as this uid and gid, with no capability in any set, the bounding set included.
+    pub uid: Option<u32>,
+    /// Hard and soft limit of open files.
+    pub nofile: Option<u64>,
+    /// Folders of cgroup v1 controllers that the process is born in.
+    pub cgroups: Vec<PathBuf>,
+}
+
+impl From<Command> for Start {
+    fn from(command: Command) -> Self {
+        Self {
+            command,
+            uid: None,
+            nofile: None,
+            cgroups: Vec::new(),
+        }
+    }
+}
+
+impl Start {
+    pub fn as_uid(mut self, uid: u32) -> Self {
+        self.uid = Some(uid);
+        self
+    }
+
+    pub fn nofile(mut self, limit: u64) -> Self {
+        self.nofile = Some(limit);
+        self
+    }
+
+    pub fn cgroup(mut self, folder: impl Into<PathBuf>) -> Self {
+        self.cgroups.push(folder.into());
+        self
+    }
+
+    pub(super) fn spawn(self, first: &FirstProcess, net: &NetNs) -> Result<Child> {
+        let program = self.command.get_program().to_string_lossy().into_owned();
+        let mut command = match self.nofile {
+            Some(limit) => limited(self.command, limit),
+            None => self.command,
+        };
+        // A group of its own: Ctrl-C at the terminal is for the owner of the lab, who ends it in order.
+        command.process_group(0);
+        first
+            .run(net, || -> Result<Child> {
+                for folder in &self.cgroups {
+                    let tasks = folder.join("tasks");
+                    // This thread moves; its child is born where it is.
+                    fs::write(&tasks, rustix::thread::gettid().as_raw_nonzero().to_string())
+                        .with_context(|| format!("cannot enter {}", tasks.display()))?;
+                }
+                if let Some(uid) = self.uid {
+                    for capability in CapabilitySet::all().iter() {
+                        // A kernel that lacks the newest ones answers EINVAL: nothing to drop.
+                        let _ = rustix::thread::remove_capability_from_bounding_set(capability);
+                    }
+                    command.uid(uid).gid(uid);
+                }
+                Ok(command.spawn()?)
+            })?
+            .with_context(|| format!("cannot start {program}"))
+    }
+}
+
+/// The same command under a limit of open files, which a shell sets before it becomes the program.
+fn limited(command: Command, limit: u64) -> Command {
+    let mut shell = Command::new("/bin/sh");
+    shell
+        .arg("-c")
+        .arg(format!("ulimit -n {limit} && exec \"$0\" \"$@\""))
+        .arg(command.get_program());
+    shell.args(command.get_args());
+    for (name, value) in command.get_envs() {
+        match value {
+            Some(value) => shell.env(name, value),
+            None => shell.env_remove(name),
+        };
+    }
+    if let Some(folder) = command.get_current_dir() {
+        shell.current_dir(folder);
+    }
+    shell
+}
+
+/// A running process of the lab. Dropped, it is killed and reaped.
+#[derive(Debug)]
+pub struct Process {
+    name: String,
+    log: PathBuf,
+    pid: u32,
+    child: Mutex<Child>,
+}
+
+impl Process {
+    pub(super) fn start(
+        name: &str,
+        mut start: Start,
+        log: PathBuf,
+        first: &FirstProcess,
+        net: &NetNs,
+    ) -> Result<Self> {
+        let out = File::options().create(true).append(true).open(&log)?;
+        start
+            .command
+            .stdin(Stdio::null())
+            .stdout(out.try_clone()?)
+            .stderr(out);
+        let child = start.spawn(first, net)?;
+        Ok(Self {
+            name: name.to_owned(),
+            log,
+            pid: child.id(),
+            child: Mutex::new(child),
+        })
+    }
+
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// Its PID as this process sees it, outside of the lab.
+    pub fn pid(&self) -> u32 {
+        self.pid
+    }
+
+    /// Everything it has written to standard output and standard error.
+    pub fn log(&self) -> String {
+        read_lossy(&self.log)
+    }
+
+    pub fn log_path(&self) -> &Path {
+        &self.log
+    }
+
+    pub fn signal(&self, signal: Signal) -> Result<()> {
+        let mut child = self.child();
+        if let Some(status) = child.try_wait()? {
+            bail!("{} has ended already: {status}", self.name);
+        }
+        kill(Pid::from_raw(i32::try_from(self.pid)?), signal)
+            .with_context(|| format!("{signal} {}", self.name))
+    }
+
+    /// SIGKILL, and gone when this returns.
+    pub fn kill(&self) -> Result<()> {
+        let mut child = self.child();
+        child.kill()?;
+        child.wait()?;
+        Ok(())
+    }
+
+    /// SIGSTOP until `resume`.
+    pub fn pause(&self) -> Result<()> {
+        self.signal(Signal::SIGSTOP)
+    }
+
+    pub fn resume(&self) -> Result<()> {
+        self.signal(Signal::SIGCONT)
+    }
+
+    pub fn terminate(&self) -> Result<()> {
+        self.signal(Signal::SIGTERM)
+    }
+
+    /// How it ended, if it has.
+    pub fn ended(&self) -> Result<Option<ExitStatus>> {
+        Ok(self.child().try_wait()?)
+    }
+
+    pub fn wait(&self, within: Duration) -> Result<ExitStatus> {
+        let deadline = Instant::now() + within;
+        loop {
+            if let Some(status) = self.ended()? {
+                return Ok(status);
+            }
+            if Instant::now() >= deadline {
+                bail!("{} still runs after {within:?}", self.name);
+            }
+            thread::sleep(Duration::from_millis(5));
+        }
+    }
+
+    /// Waits until its log holds `text`, fails at once when it ends without.
+    pub fn wait_for_log(&self, text: &str, within: Duration) -> Result<()> {
+        let deadline = Instant::now() + within;
+        loop {
+            let ended = self.ended()?;
+            let log = self.log();
+            if log.contains(text) {
+                return Ok(());
+            }
+            if let Some(status) = ended {
+                bail!(
+                    "{} ended ({status}) without writing {text:?}:\n{}",
+                    self.name,
+                    tail(&log, 25)
+                );
+            }
+            if Instant::now() >= deadline {
+                bail!(
+                    "{} has not written {text:?} in {within:?}:\n{}",
+                    self.name,
+                    tail(&log, 25)
+                );
+            }
+            thread::sleep(Duration::from_millis(10));
+        }
+    }
+
+    /// A line of `/proc/PID/status`, such as `CapEff`.
+    pub fn status_field(&self, field: &str) -> Result<String> {
+        let status = fs::read_to_string(format!("/proc/{}/status", self.pid))?;
+        status
+            .lines()
+            .find_map(|line| line.strip_prefix(field)?.strip_prefix(':'))
+            .map(|value| value.trim().to_owned())
+            .with_context(|| format!("no {field} in /proc/{}/status", self.pid))
+    }
+
+    fn child(&self) -> MutexGuard<'_, Child> {
+        self.child.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        let _ = self.kill();
+    }
+}
+
+/// Runs `start` to its end and collects what it wrote; killed after `within`.
+pub(super) fn run(mut start: Start, within: Duration, first: &FirstProcess, net: &NetNs) -> Result<Output> {
+    let line = describe(&start.command);
+    start
+        .command
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped());
+    let mut child = start.spawn(first, net)?;
+    let stdout = collect(child.stdout.take());
+    let stderr = collect(child.stderr.take());
+    let deadline = Instant::now() + within;
+    let status = loop {
+        if let Some(status) = child.try_wait()? {
+            break status;
+        }
+        if Instant::now() >= deadline {
+            child.kill()?;
+            child.wait()?;
+            let (out, err) = (received(&stdout), received(&stderr));
+            bail!(
+                "{line:?} still ran after {within:?}; stdout: {:?} stderr: {:?}",
+                tail(&String::from_utf8_lossy(&out), 10),
+                tail(&String::from_utf8_lossy(&err), 10),
+            );
+        }
+        thread::sleep(Duration::from_millis(2));
+    };
+    Ok(Output {
+        status: ExitStatus::from_raw(status.into_raw()),
+        stdout: received(&stdout),
+        stderr: received(&stderr),
+    })
+}
+
+fn collect(pipe: Option<impl Read + Send + 'static>) -> mpsc::Receiver<Vec<u8>> {
+    let (done, result) = mpsc::channel();
+    thread::spawn(move || {
+        let mut bytes = Vec::new();
+        if let Some(mut pipe) = pipe {
+            let _ = pipe.read_to_end(&mut bytes);
+        }
+        let _ = done.send(bytes);
+    });
+    result
+}
+
+/// A process that left children behind may hold its pipe open: what comes in a second is what there is.
+fn received(pipe: &mpsc::Receiver<Vec<u8>>) -> Vec<u8> {
+    pipe.recv_timeout(Duration::from_secs(1)).unwrap_or_default()
+}
+
+fn describe(command: &Command) -> OsString {
+    let mut line = command.get_program().to_owned();
+    for argument in command.get_args() {
+        line.push(" ");
+        line.push(argument);
+    }
+    line
+}
+
+pub(super) fn read_lossy(path: &Path) -> String {
+    fs::read(path)
+        .map(|bytes| String::from_utf8_lossy(&bytes).into_owned())
+        .unwrap_or_default()
+}
+
+/// The last `lines` lines of `text`.
+pub fn tail(text: &str, lines: usize) -> String {
+    let all: Vec<&str> = text.lines().collect();
+    all[all.len().saturating_sub(lines)..].join("\n")
+}
+
+/// Polls `ready` every few milliseconds until it answers, for at most `within`.
+pub fn poll_until<T>(
+    what: &str,
+    within: Duration,
+    mut ready: impl FnMut() -> Result<Option<T>>,
+) -> Result<T> {
+    let deadline = Instant::now() + within;
+    loop {
+        let last = match ready() {
+            Ok(Some(value)) => return Ok(value),
+            Ok(None) => None,
+            Err(error) => Some(error),
+        };
+        if Instant::now() >= deadline {
+            return match last {
+                Some(error) => Err(error.context(format!("{what}: not within {within:?}"))),
+                None => bail!("{what}: not within {within:?}"),
+            };
+        }
+        thread::sleep(Duration::from_millis(20));
+    }
+}
+
+/// Raises the soft limit of open files to the hard one: a lab holds many descriptors.
+pub(super) fn raise_nofile() -> io::Result<()> {
+    use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+    let limit = getrlimit(Resource::Nofile);
+    Ok(setrlimit(
+        Resource::Nofile,
+        Rlimit {
+            current: limit.maximum,
+            maximum: limit.maximum,
+        },
+    )?)
+}

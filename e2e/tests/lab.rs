@@ -1,0 +1,226 @@
+//! The lab itself: its network carries what it should, and it leaves nothing behind.
+
+use std::fs;
+use std::io::{Read, Write};
+use std::net::{SocketAddr, TcpStream};
+use std::process::{Command, Stdio};
+use std::thread;
+use std::time::Duration;
+
+use culvert_e2e::lab::{Lab, PodSpec, poll_until};
+
+const CANARY: &[u8] = b"canary-3f1c9a70d2";
+const WAIT: Duration = Duration::from_secs(10);
+
+/// Sends the canary from one end and its reverse back, over a connection that both ends close.
+fn exchange(mut client: TcpStream, mut server: TcpStream) {
+    for socket in [&client, &server] {
+        socket.set_read_timeout(Some(WAIT)).unwrap();
+    }
+    client.write_all(CANARY).unwrap();
+    let mut asked = vec![0; CANARY.len()];
+    server.read_exact(&mut asked).unwrap();
+    asked.reverse();
+    server.write_all(&asked).unwrap();
+    drop(server);
+    let mut answer = Vec::new();
+    client.read_to_end(&mut answer).unwrap();
+    answer.reverse();
+    assert_eq!(answer, CANARY);
+}
+
+#[test]
+fn pods_of_two_nodes_reach_each_other_and_the_capture_sees_the_canary() {
+    let lab = Lab::new().unwrap();
+    let (a, b) = (lab.node("a").unwrap(), lab.node("b").unwrap());
+    let web = a.pod(PodSpec::new("shop", "web")).unwrap();
+    let cart = b.pod(PodSpec::new("shop", "cart")).unwrap();
+    let between = a.capture(&[CANARY, b"canary-that-nobody-sends"]).unwrap();
+    let listener = cart.listen(8080).unwrap();
+    for ip in cart.addresses().all() {
+        let client = web.connect((ip, 8080)).unwrap();
+        let (server, peer) = listener.accept().unwrap();
+        assert_eq!(
+            peer.ip().to_canonical(),
+            web.ip_like(ip),
+            "no address is translated"
+        );
+        exchange(client, server);
+    }
+    let recording = between.stop().unwrap();
+    for ip in cart.addresses().all() {
+        let flows: Vec<_> = recording.flows_between(web.ip_like(ip), ip).collect();
+        let [flow] = flows[..] else {
+            panic!("one flow to {ip}, not {flows:?}")
+        };
+        assert!(flow.opened);
+        assert_eq!(flow.server, SocketAddr::from((ip, 8080)));
+        assert_eq!(flow.client_head(), CANARY);
+        assert_eq!(flow.missed_bytes(), 0);
+        flow.server_hello().unwrap_err();
+    }
+    let seen = recording.sightings();
+    assert!(
+        seen.iter().all(|sighting| sighting.canary.as_bytes() == CANARY),
+        "{seen:?}"
+    );
+    assert!(
+        seen.iter()
+            .any(|sighting| sighting.place.starts_with("the stream")),
+        "{seen:?}"
+    );
+}
+
+#[test]
+fn every_kind_of_machine_reaches_every_other() {
+    let lab = Lab::new().unwrap();
+    let (a, b) = (lab.node("a").unwrap(), lab.node("b").unwrap());
+    let control = lab.host("control").unwrap();
+    let outside = lab.outside("outside").unwrap();
+    let web = a.pod(PodSpec::new("shop", "web")).unwrap();
+    let near = a.pod(PodSpec::new("shop", "near")).unwrap();
+    let far = b.pod(PodSpec::new("shop", "far")).unwrap();
+    let all = [&*a, &*b, &control, &outside, &*web, &*near, &*far];
+    let listeners = all.map(|endpoint| endpoint.listen(7000).unwrap());
+    for from in all {
+        for (to, listener) in all.iter().zip(&listeners) {
+            for ip in to.addresses().all() {
+                let client = from
+                    .connect((ip, 7000))
+                    .unwrap_or_else(|e| panic!("{} to {} at {ip}: {e}", from.name(), to.name()));
+                let (server, peer) = listener.accept().unwrap();
+                assert_eq!(peer.ip().to_canonical(), from.ip_like(ip));
+                exchange(client, server);
+            }
+        }
+    }
+}
+
+#[test]
+fn programs_run_inside_a_pod_and_end_with_their_deadline() {
+    let lab = Lab::new().unwrap();
+    let web = lab.node("a").unwrap().pod(PodSpec::new("shop", "web")).unwrap();
+    let links = web
+        .shell("cut -d: -f1 -s /proc/net/dev | LC_ALL=C sort | tr -d ' \\n'")
+        .unwrap();
+    assert_eq!(links, "eth0lo");
+    let mut sleep = Command::new("sleep");
+    sleep.arg("600");
+    let error = web.run_within(sleep, Duration::from_millis(100)).unwrap_err();
+    assert!(error.to_string().contains("still ran after"), "{error:#}");
+}
+
+#[test]
+fn an_unprivileged_process_has_no_capability_in_any_set() {
+    use culvert_e2e::lab::Start;
+    let lab = Lab::new().unwrap();
+    let web = lab.node("a").unwrap().pod(PodSpec::new("shop", "web")).unwrap();
+    let mut sleep = Command::new("sleep");
+    sleep.arg("600");
+    let process = web
+        .spawn("sleep", Start::from(sleep).as_uid(65532).nofile(256))
+        .unwrap();
+    poll_until("the program runs", WAIT, || {
+        Ok((process.status_field("Name")? == "sleep").then_some(()))
+    })
+    .unwrap();
+    for (field, want) in [
+        ("CapInh", "0000000000000000"),
+        ("CapPrm", "0000000000000000"),
+        ("CapEff", "0000000000000000"),
+        ("CapBnd", "0000000000000000"),
+        ("CapAmb", "0000000000000000"),
+        ("Uid", "65532\t65532\t65532\t65532"),
+        ("Gid", "65532\t65532\t65532\t65532"),
+        ("Groups", ""),
+    ] {
+        assert_eq!(process.status_field(field).unwrap(), want, "{field}");
+    }
+    let limits = fs::read_to_string(format!("/proc/{}/limits", process.pid())).unwrap();
+    let files = limits
+        .lines()
+        .find(|line| line.starts_with("Max open files"))
+        .unwrap();
+    assert_eq!(files.split_whitespace().nth(3), Some("256"));
+}
+
+const VICTIM: &str = "CULVERT_E2E_LAB_VICTIM";
+
+/// Run by `a_killed_lab_leaves_nothing_behind` in a process of its own; a test like the others otherwise.
+#[test]
+fn a_lab_with_processes_stands_until_it_is_told_to_go() {
+    let lab = Lab::new().unwrap();
+    let web = lab.node("a").unwrap().pod(PodSpec::new("shop", "web")).unwrap();
+    let mut daemon = Command::new("/bin/sh");
+    // A child of its own, in a session of its own, that ignores what it can.
+    daemon.args(["-c", "trap '' TERM HUP INT; setsid sleep 600 & sleep 600"]);
+    let process = web.spawn("daemon", daemon).unwrap();
+    if std::env::var_os(VICTIM).is_some() {
+        println!(
+            "\nLAB {} {} {}",
+            lab.first_pid(),
+            process.pid(),
+            web.netns().inode().unwrap()
+        );
+        thread::sleep(Duration::from_secs(120));
+    }
+}
+
+#[test]
+fn a_killed_lab_leaves_nothing_behind() {
+    let mut owner = Command::new(std::env::current_exe().unwrap())
+        .args([
+            "--exact",
+            "a_lab_with_processes_stands_until_it_is_told_to_go",
+            "--nocapture",
+        ])
+        .env(VICTIM, "1")
+        .stdout(Stdio::piped())
+        .stdin(Stdio::null())
+        .spawn()
+        .unwrap();
+    let stdout = owner.stdout.take().unwrap();
+    let line = std::io::BufRead::lines(std::io::BufReader::new(stdout))
+        .map_while(Result::ok)
+        .find_map(|line| Some(line.strip_prefix("LAB ")?.to_owned()))
+        .expect("the lab says what it is made of");
+    let words: Vec<u64> = line.split(' ').map(|word| word.parse().unwrap()).collect();
+    let [first, _, netns] = words[..] else {
+        panic!("{line}")
+    };
+    let pid_ns = fs::read_link(format!("/proc/{first}/ns/pid")).unwrap();
+    let net_ns = format!("net:[{netns}]");
+    let inside = |kind: &str, name: &str| -> Vec<String> {
+        fs::read_dir("/proc")
+            .unwrap()
+            .filter_map(|entry| Some(entry.ok()?.path()))
+            .filter(|process| {
+                let link = fs::read_link(process.join("ns").join(kind));
+                let held = fs::read_dir(process.join("fd")).is_ok_and(|files| {
+                    files
+                        .flatten()
+                        .any(|file| fs::read_link(file.path()).is_ok_and(|to| to == *name))
+                });
+                held || link.is_ok_and(|to| to == *name)
+            })
+            .map(|process| fs::read_to_string(process.join("cmdline")).unwrap_or_default())
+            .collect()
+    };
+    let pid_ns = pid_ns.to_str().unwrap().to_owned();
+    poll_until("both sleeps run", WAIT, || {
+        Ok((inside("pid", &pid_ns).len() >= 4).then_some(()))
+    })
+    .unwrap();
+    assert!(!inside("net", &net_ns).is_empty());
+    owner.kill().unwrap();
+    owner.wait().unwrap();
+    poll_until("nothing is left", WAIT, || {
+        let left = [inside("pid", &pid_ns), inside("net", &net_ns)].concat();
+        if left.is_empty() {
+            Ok(Some(()))
+        } else {
+            anyhow::bail!("{left:?}")
+        }
+    })
+    .unwrap();
+}
