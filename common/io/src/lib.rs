@@ -3,6 +3,8 @@
 //! Invariant: it reads, asks `culvert-core`, and carries out the answer; it holds no policy of its own.
 //! `sys` is the only module of the project with `unsafe` code.
 
+pub mod agent_socket;
 pub mod copy;
 pub mod hbone;
+pub mod sys;
 pub mod tls;
