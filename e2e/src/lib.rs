@@ -1,8 +1,12 @@
 //! Culvert end to end: what the demo, the mesh tests and the mesh bench stand on.
 //!
 //! ```text
-//! lab    nodes, pods and hosts as network namespaces of this machine; wires, faults, captures
+//! lab            nodes, pods and hosts as network namespaces of this machine; wires, faults, captures
+//! mesh           real control, agents and ztunnels in a lab
+//! prerequisites  programs of others, found or fetched
 //! ```
 #![forbid(unsafe_code)]
 
 pub mod lab;
+pub mod mesh;
+pub mod prerequisites;

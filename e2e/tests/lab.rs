@@ -101,7 +101,7 @@ fn programs_run_inside_a_pod_and_end_with_their_deadline() {
     let lab = Lab::new().unwrap();
     let web = lab.node("a").unwrap().pod(PodSpec::new("shop", "web")).unwrap();
     let links = web
-        .shell("cut -d: -f1 -s /proc/net/dev | LC_ALL=C sort | tr -d ' \\n'")
+        .shell("cut -d: -f1 -s /proc/net/dev | tr -d ' ' | sort | tr -d '\\n'")
         .unwrap();
     assert_eq!(links, "eth0lo");
     let mut sleep = Command::new("sleep");

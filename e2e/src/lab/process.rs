@@ -12,7 +12,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError, mpsc};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, anyhow, bail};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use rustix::thread::CapabilitySet;
@@ -205,31 +205,27 @@ impl Process {
         }
     }
 
+    /// Polls `ready` as `poll_until` does, but fails as soon as this process has ended.
+    pub fn poll_until<T>(
+        &self,
+        what: &str,
+        within: Duration,
+        mut ready: impl FnMut() -> Result<Option<T>>,
+    ) -> Result<T> {
+        let polled = poll_until(what, within, || match self.ended()? {
+            Some(status) => Ok(Some(Err(anyhow!("{} has ended: {status}", self.name)))),
+            None => Ok(ready()?.map(Ok)),
+        });
+        polled
+            .flatten()
+            .with_context(|| format!("last lines of {}:\n{}", self.name, tail(&self.log(), 15)))
+    }
+
     /// Waits until its log holds `text`, fails at once when it ends without.
     pub fn wait_for_log(&self, text: &str, within: Duration) -> Result<()> {
-        let deadline = Instant::now() + within;
-        loop {
-            let ended = self.ended()?;
-            let log = self.log();
-            if log.contains(text) {
-                return Ok(());
-            }
-            if let Some(status) = ended {
-                bail!(
-                    "{} ended ({status}) without writing {text:?}:\n{}",
-                    self.name,
-                    tail(&log, 25)
-                );
-            }
-            if Instant::now() >= deadline {
-                bail!(
-                    "{} has not written {text:?} in {within:?}:\n{}",
-                    self.name,
-                    tail(&log, 25)
-                );
-            }
-            thread::sleep(Duration::from_millis(10));
-        }
+        self.poll_until(&format!("{text:?} in the log of {}", self.name), within, || {
+            Ok(self.log().contains(text).then_some(()))
+        })
     }
 
     /// A line of `/proc/PID/status`, such as `CapEff`.
