@@ -1,1 +1,6 @@
+#![forbid(unsafe_code)]
+#![allow(dead_code)]
+mod capture;
+mod listeners;
+mod netns;
 fn main() {}

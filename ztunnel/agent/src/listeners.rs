@@ -1,0 +1,173 @@
+//! The sockets that the agent makes inside a pod: listeners, which it keeps, and outbound sockets, which
+//! it hands out.
+//!
+//! Invariant: a listener is the only one on its port. None sets SO_REUSEPORT, so a process in the pod that
+//! was there first makes enrolment fail, and one that comes later gets EADDRINUSE (settled D4).
+
+use crate::netns::Netns;
+use culvert_proto::agent::{Listener, ListenerFd};
+use nix::sys::socket::{setsockopt, sockopt};
+use socket2::{Domain, Protocol, Socket, Type};
+use std::{
+    io,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
+    os::fd::OwnedFd,
+};
+
+pub const OUTBOUND_PORT: u16 = 15001;
+pub const INBOUND_PORT: u16 = 15006;
+pub const HBONE_PORT: u16 = 15008;
+pub const DNS_PORT: u16 = 15053;
+
+/// Connections that wait while ztunnel is away (settled D4).
+const BACKLOG: i32 = 4096;
+
+/// A kept listener, and what ztunnel is told about it.
+#[derive(Debug)]
+pub struct Kept {
+    pub what: ListenerFd,
+    pub socket: OwnedFd,
+}
+
+/// Why a pod's listeners could not be made.
+#[derive(Debug, thiserror::Error)]
+pub enum ListenError {
+    #[error("entering the namespace: {0}")]
+    Enter(#[source] io::Error),
+    #[error("port {port} is taken in the pod: {source}; stop what listens there, then enrol again")]
+    Taken { port: u16, source: io::Error },
+    #[error("port {port}: {source}")]
+    Port { port: u16, source: io::Error },
+}
+
+/// Makes all listeners of a pod.
+pub fn listen(netns: &Netns, resolvers: &[IpAddr]) -> Result<Vec<Kept>, ListenError> {
+    netns
+        .enter(|| listen_here(resolvers))
+        .map_err(ListenError::Enter)?
+}
+
+fn listen_here(resolvers: &[IpAddr]) -> Result<Vec<Kept>, ListenError> {
+    let v6 = Socket::new(Domain::IPV6, Type::STREAM, None).is_ok();
+    let any = if v6 {
+        IpAddr::V6(Ipv6Addr::UNSPECIFIED)
+    } else {
+        IpAddr::V4(Ipv4Addr::UNSPECIFIED)
+    };
+    let mut kept = vec![];
+    for (kind, port) in [
+        (Listener::Outbound, OUTBOUND_PORT),
+        (Listener::InboundPlaintext, INBOUND_PORT),
+        (Listener::InboundHbone, HBONE_PORT),
+    ] {
+        kept.push(Kept {
+            what: what(kind, v6, None),
+            socket: stream(SocketAddr::new(any, port))?,
+        });
+    }
+    for (port, resolver) in (DNS_PORT..).zip(resolvers) {
+        let loopback: IpAddr = match resolver {
+            IpAddr::V4(_) => Ipv4Addr::LOCALHOST.into(),
+            IpAddr::V6(_) => Ipv6Addr::LOCALHOST.into(),
+        };
+        let address = SocketAddr::new(loopback, port);
+        let v6 = resolver.is_ipv6();
+        kept.push(Kept {
+            what: what(Listener::DnsTcp, v6, Some(*resolver)),
+            socket: stream(address)?,
+        });
+        kept.push(Kept {
+            what: what(Listener::DnsUdp, v6, Some(*resolver)),
+            socket: datagram(address)?,
+        });
+    }
+    Ok(kept)
+}
+
+fn what(kind: Listener, v6: bool, resolver: Option<IpAddr>) -> ListenerFd {
+    ListenerFd {
+        kind: kind.into(),
+        v6,
+        resolver: resolver.map(octets).unwrap_or_default(),
+    }
+}
+
+/// An address as the wire has it: 4 or 16 bytes.
+pub fn octets(ip: IpAddr) -> Vec<u8> {
+    match ip {
+        IpAddr::V4(ip) => ip.octets().to_vec(),
+        IpAddr::V6(ip) => ip.octets().to_vec(),
+    }
+}
+
+fn bound(address: SocketAddr, kind: Type, protocol: Protocol) -> Result<Socket, ListenError> {
+    let port = address.port();
+    let bind = || -> io::Result<Socket> {
+        let socket = Socket::new(Domain::for_address(address), kind, Some(protocol))?;
+        socket.set_nonblocking(true)?;
+        if address.is_ipv6() {
+            socket.set_only_v6(!address.ip().is_unspecified())?;
+        }
+        if kind == Type::STREAM {
+            // Replies to captured connections keep the address that the application dialled.
+            socket
+                .set_ip_transparent_v4(true)
+                .or_else(|_| socket.set_ip_transparent_v6(true))?;
+        }
+        socket.bind(&address.into())?;
+        Ok(socket)
+    };
+    bind().map_err(|source| match source.kind() {
+        io::ErrorKind::AddrInUse => ListenError::Taken { port, source },
+        _ => ListenError::Port { port, source },
+    })
+}
+
+fn stream(address: SocketAddr) -> Result<OwnedFd, ListenError> {
+    let socket = bound(address, Type::STREAM, Protocol::TCP)?;
+    socket.listen(BACKLOG).map_err(|source| ListenError::Port {
+        port: address.port(),
+        source,
+    })?;
+    Ok(socket.into())
+}
+
+fn datagram(address: SocketAddr) -> Result<OwnedFd, ListenError> {
+    Ok(bound(address, Type::DGRAM, Protocol::UDP)?.into())
+}
+
+/// Which sockets ztunnel asks for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Wanted {
+    pub v6: bool,
+    pub datagram: bool,
+    pub count: usize,
+}
+
+/// Makes unbound outbound sockets in the pod: marked, so that its rules let them pass, and transparent,
+/// so that ztunnel may bind the client's address without any capability (settled D5).
+pub fn outbound_sockets(netns: &Netns, mark: u32, wanted: Wanted) -> io::Result<Vec<OwnedFd>> {
+    netns.enter(|| (0..wanted.count).map(|_| outbound_socket(mark, wanted)).collect())?
+}
+
+fn outbound_socket(mark: u32, wanted: Wanted) -> io::Result<OwnedFd> {
+    let domain = if wanted.v6 { Domain::IPV6 } else { Domain::IPV4 };
+    let kind = if wanted.datagram {
+        Type::DGRAM
+    } else {
+        Type::STREAM
+    };
+    let socket = Socket::new(domain, kind, None)?;
+    socket.set_nonblocking(true)?;
+    socket.set_mark(mark)?;
+    if wanted.v6 {
+        socket.set_ip_transparent_v6(true)?;
+    } else {
+        socket.set_ip_transparent_v4(true)?;
+    }
+    if !wanted.datagram {
+        socket.set_tcp_nodelay(true)?;
+        setsockopt(&socket, sockopt::IpBindAddressNoPort, &true)?;
+    }
+    Ok(socket.into())
+}
