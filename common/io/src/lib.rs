@@ -4,7 +4,10 @@
 //! `sys` is the only module of the project with `unsafe` code.
 
 pub mod agent_socket;
+pub mod control;
 pub mod copy;
 pub mod hbone;
+pub mod identity;
 pub mod sys;
 pub mod tls;
+pub mod xds;

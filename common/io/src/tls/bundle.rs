@@ -2,7 +2,11 @@
 
 use culvert_core::ids::TrustDomain;
 use rustls_pki_types::{CertificateDer, CertificateRevocationListDer, TrustAnchor, pem::PemObject};
-use std::{collections::HashMap, sync::Arc};
+use std::{
+    collections::HashMap,
+    hash::{DefaultHasher, Hash, Hasher},
+    sync::Arc,
+};
 use webpki::{CertRevocationList, OwnedCertRevocationList, anchor_from_trusted_cert};
 
 /// Roots by trust domain, and revocation lists. Immutable; a change is a new value with a new generation.
@@ -10,7 +14,7 @@ use webpki::{CertRevocationList, OwnedCertRevocationList, anchor_from_trusted_ce
 pub struct TrustBundles {
     roots: HashMap<Box<str>, Arc<[TrustAnchor<'static>]>>,
     crls: Arc<[CertRevocationList<'static>]>,
-    /// Changes with every change of roots or lists; part of a pool's key.
+    /// A digest of roots and lists: equal bundles have equal generations. Part of a pool's key.
     pub generation: u64,
 }
 
@@ -45,7 +49,7 @@ impl TrustBundles {
             return Err(BundleError::NoRoot(trust_domain.clone()));
         }
         self.roots.insert(trust_domain.as_str().into(), anchors);
-        self.generation += 1;
+        self.generation ^= digest(trust_domain.as_str(), pem);
         Ok(self)
     }
 
@@ -63,7 +67,7 @@ impl TrustBundles {
             return Err(BundleError::Crl("it holds no list, or is not PEM".to_owned()));
         }
         self.crls = crls;
-        self.generation += 1;
+        self.generation ^= digest("", pem);
         Ok(self)
     }
 
@@ -74,4 +78,10 @@ impl TrustBundles {
     pub(super) fn crls(&self) -> &[CertRevocationList<'static>] {
         &self.crls
     }
+}
+
+fn digest(of: &str, pem: &str) -> u64 {
+    let mut hasher = DefaultHasher::new();
+    (of, pem).hash(&mut hasher);
+    hasher.finish()
 }

@@ -1,0 +1,14 @@
+//! Discovery: control's resources become snapshots.
+//!
+//! ```text
+//! control ──delta ADS──▶ Client ──decode──▶ Change… ──▶ Snapshot ──ArcSwap──▶ whoever decides
+//!            ◀──ACK, NACK, subscribe──┘                     └──watch──▶ recheck
+//! ```
+//! One task writes and publishes; everyone else loads. Invariant: a response is applied as one change,
+//! policies before what names them, and what control does not name as removed stays.
+
+mod client;
+pub mod decode;
+pub mod walker;
+
+pub use client::{Discovery, Mode, Settings, start};

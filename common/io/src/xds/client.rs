@@ -1,0 +1,404 @@
+//! The delta ADS client.
+
+use super::decode::{DecodeError, decode};
+use crate::control::{Backoff, Control, ControlError};
+use arc_swap::ArcSwap;
+use culvert_core::{
+    ids::{NetworkAddress, NetworkId, ServiceKey, WorkloadUid},
+    snapshot::{Change, Lookup, Snapshot},
+};
+use culvert_proto::{
+    discovery::{
+        DeltaDiscoveryRequest, DeltaDiscoveryResponse, Node, Resource,
+        aggregated_discovery_service_client::AggregatedDiscoveryServiceClient,
+    },
+    rpc, type_url,
+};
+use std::{
+    collections::{BTreeSet, HashMap},
+    sync::Arc,
+    time::{Duration, Instant},
+};
+use tokio::sync::{mpsc, watch};
+use tokio_stream::wrappers::ReceiverStream;
+
+/// How much of the mesh is asked for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Mode {
+    Wildcard,
+    /// What is looked up, and the node's own pods.
+    OnDemand,
+}
+
+/// What the client needs to know.
+#[derive(Debug, Clone)]
+pub struct Settings {
+    pub control: Control,
+    pub node: String,
+    pub mode: Mode,
+}
+
+/// Types in the order in which they are asked for: settings and policies before what names them.
+const TYPES: [&str; 4] = [
+    type_url::MESH_CONFIG,
+    type_url::AUTHORIZATION,
+    type_url::OUTBOUND_POLICY,
+    type_url::ADDRESS,
+];
+
+/// How long a look-up waits for control's answer (settled D12).
+const ANSWER_DEADLINE: Duration = Duration::from_secs(5);
+
+/// Largest response that is read.
+const MAX_RESPONSE: usize = 200 * 1024 * 1024;
+
+/// Look-ups that wait to be sent.
+const QUEUED_LOOKUPS: usize = 1024;
+
+/// The mesh as it is known now. Clones share it.
+#[derive(Clone)]
+pub struct Discovery(Arc<Shared>);
+
+struct Shared {
+    snapshot: ArcSwap<Snapshot>,
+    generation: watch::Sender<u64>,
+    ready: watch::Sender<bool>,
+    lookups: mpsc::Sender<NetworkAddress>,
+}
+
+/// Makes a client. The second value is its task: it never ends by itself.
+pub fn start(settings: Settings) -> Result<(Discovery, impl Future<Output = ()> + Send), ControlError> {
+    let channel = settings.control.channel()?;
+    let credentials = settings.control.credentials();
+    let (lookups, wanted) = mpsc::channel(QUEUED_LOOKUPS);
+    let shared = Arc::new(Shared {
+        snapshot: ArcSwap::default(),
+        generation: watch::Sender::new(0),
+        ready: watch::Sender::new(false),
+        lookups,
+    });
+    let service = AggregatedDiscoveryServiceClient::with_interceptor(channel, credentials)
+        .max_decoding_message_size(MAX_RESPONSE);
+    let mut client = Client {
+        settings,
+        shared: shared.clone(),
+        snapshot: Snapshot::default(),
+        types: TYPES.map(|url| (url, TypeState::default())).into(),
+        subscribed: BTreeSet::new(),
+        source: None,
+    };
+    let task = async move {
+        let mut wanted = wanted;
+        let mut backoff = Backoff::default();
+        loop {
+            let started = Instant::now();
+            let ended = client.stream(service.clone(), &mut wanted).await;
+            if started.elapsed() > Duration::from_secs(1) {
+                backoff.reset();
+            }
+            let pause = backoff.next();
+            tracing::warn!(reason = %ended, retry_in = ?pause, "stream to control ended; serving what is known");
+            tokio::time::sleep(pause).await;
+        }
+    };
+    Ok((Discovery(shared), task))
+}
+
+impl Discovery {
+    /// A discovery that has what is put into it: for tests and for state read from disk.
+    pub fn fixed(snapshot: Snapshot) -> Self {
+        let (lookups, _) = mpsc::channel(1);
+        Self(Arc::new(Shared {
+            generation: watch::Sender::new(snapshot.generation),
+            snapshot: ArcSwap::new(Arc::new(snapshot)),
+            ready: watch::Sender::new(true),
+            lookups,
+        }))
+    }
+
+    /// The latest snapshot. Load it once for a decision and decide on that one view.
+    pub fn snapshot(&self) -> Arc<Snapshot> {
+        self.0.snapshot.load_full()
+    }
+
+    /// Tells when a newer snapshot is there.
+    pub fn generations(&self) -> watch::Receiver<u64> {
+        self.0.generation.subscribe()
+    }
+
+    /// Returns once every type has been listed.
+    pub async fn ready(&self) {
+        // The sender lives as long as `self`.
+        let _ = self.0.ready.subscribe().wait_for(|ready| *ready).await;
+    }
+
+    pub fn is_ready(&self) -> bool {
+        *self.0.ready.borrow()
+    }
+
+    /// Waits until control has answered for `address`, at most 5 s. Returns at once when it has.
+    /// Cancel safe; the question stays asked.
+    pub async fn resolve(&self, address: &NetworkAddress) {
+        let unanswered = |snapshot: &Snapshot| matches!(snapshot.lookup(address, ""), Lookup::Unanswered);
+        if !unanswered(&self.0.snapshot.load()) {
+            return;
+        }
+        let mut generations = self.0.generation.subscribe();
+        let answer = async {
+            if self.0.lookups.send(address.clone()).await.is_err() {
+                return;
+            }
+            while unanswered(&self.0.snapshot.load()) {
+                if generations.changed().await.is_err() {
+                    return;
+                }
+            }
+        };
+        let _ = tokio::time::timeout(ANSWER_DEADLINE, answer).await;
+    }
+}
+
+/// What one type's resources are, as control has named them.
+#[derive(Default)]
+struct TypeState {
+    listed: bool,
+    held: HashMap<String, Held>,
+}
+
+struct Held {
+    version: String,
+    names: Named,
+}
+
+/// What a resource's name stands for, so that its removal can be carried out.
+#[derive(Clone)]
+enum Named {
+    Workload(WorkloadUid),
+    Service(ServiceKey),
+    Policy(culvert_core::ids::PolicyKey),
+    OutboundPolicy(culvert_core::ids::PolicyKey),
+    Config,
+}
+
+struct Client {
+    settings: Settings,
+    shared: Arc<Shared>,
+    snapshot: Snapshot,
+    types: HashMap<&'static str, TypeState>,
+    /// Addresses asked for on demand.
+    subscribed: BTreeSet<String>,
+    /// Control's uid and the highest version it has served.
+    source: Option<(String, u64)>,
+}
+
+type Service = AggregatedDiscoveryServiceClient<
+    tonic::service::interceptor::InterceptedService<tonic::transport::Channel, crate::control::Credentials>,
+>;
+
+impl Client {
+    /// Runs one stream to its end and says why it ended.
+    async fn stream(&mut self, mut service: Service, wanted: &mut mpsc::Receiver<NetworkAddress>) -> String {
+        let (requests, outgoing) = mpsc::channel(64);
+        for url in TYPES {
+            let first = self.first_request(url);
+            if requests.try_send(first).is_err() {
+                return "request queue is full".to_owned();
+            }
+        }
+        let mut responses = match service
+            .delta_aggregated_resources(ReceiverStream::new(outgoing))
+            .await
+        {
+            Ok(response) => response.into_inner(),
+            Err(status) => return status.message().to_owned(),
+        };
+        loop {
+            tokio::select! {
+                response = responses.message() => match response {
+                    Ok(Some(response)) => {
+                        let answer = self.take(response);
+                        if requests.send(answer).await.is_err() {
+                            return "control has closed the stream".to_owned();
+                        }
+                    }
+                    Ok(None) => return "control has closed the stream".to_owned(),
+                    Err(status) => return status.message().to_owned(),
+                },
+                Some(address) = wanted.recv() => {
+                    if let Some(request) = self.ask(&address)
+                        && requests.send(request).await.is_err()
+                    {
+                        return "control has closed the stream".to_owned();
+                    }
+                }
+            }
+        }
+    }
+
+    fn first_request(&self, url: &'static str) -> DeltaDiscoveryRequest {
+        let state = &self.types[url];
+        let mut request = DeltaDiscoveryRequest {
+            node: Some(Node {
+                id: format!("ztunnel~{}", self.settings.node),
+                cluster: String::new(),
+                metadata: None,
+                build_version: env!("CARGO_PKG_VERSION").to_owned(),
+            }),
+            type_url: url.to_owned(),
+            initial_resource_versions: state
+                .held
+                .iter()
+                .map(|(name, held)| (name.clone(), held.version.clone()))
+                .collect(),
+            ..DeltaDiscoveryRequest::default()
+        };
+        if url == type_url::ADDRESS && self.settings.mode == Mode::OnDemand {
+            request.resource_names_subscribe = std::iter::once("*".to_owned())
+                .chain(self.subscribed.iter().cloned())
+                .collect();
+            request.resource_names_unsubscribe = vec!["*".to_owned()];
+        }
+        request
+    }
+
+    /// What to send so that `address` is answered for, if anything.
+    fn ask(&mut self, address: &NetworkAddress) -> Option<DeltaDiscoveryRequest> {
+        if !matches!(self.snapshot.lookup(address, ""), Lookup::Unanswered) {
+            return None;
+        }
+        match self.settings.mode {
+            // Everything has been listed: what is not there is not known.
+            Mode::Wildcard => {
+                if self.types[type_url::ADDRESS].listed {
+                    self.publish([Change::Unknown(address.clone())]);
+                }
+                None
+            }
+            Mode::OnDemand => {
+                let name = address.resource_name();
+                self.subscribed
+                    .insert(name.clone())
+                    .then(|| DeltaDiscoveryRequest {
+                        type_url: type_url::ADDRESS.to_owned(),
+                        resource_names_subscribe: vec![name],
+                        ..DeltaDiscoveryRequest::default()
+                    })
+            }
+        }
+    }
+
+    /// Applies one response as one change and says ACK or NACK.
+    fn take(&mut self, response: DeltaDiscoveryResponse) -> DeltaDiscoveryRequest {
+        let mut refused = vec![];
+        let known = TYPES.into_iter().find(|url| *url == response.type_url);
+        match (known, self.version_went_back(&response.system_version_info)) {
+            (None, _) => refused.push(format!("type {} was not asked for", response.type_url)),
+            (_, Some(why)) => refused.push(why),
+            (Some(url), None) => {
+                let mut changes = vec![];
+                for resource in response.resources {
+                    let name = resource.name.clone();
+                    match self.read(url, resource) {
+                        Ok(change) => changes.push(change),
+                        Err(why) => refused.push(format!("{name}: {why}")),
+                    }
+                }
+                for name in &response.removed_resources {
+                    changes.extend(self.remove(url, name));
+                }
+                self.types.entry(url).or_default().listed = true;
+                self.publish(changes);
+                if self.types.values().all(|state| state.listed) {
+                    self.shared
+                        .ready
+                        .send_if_modified(|ready| !std::mem::replace(ready, true));
+                }
+            }
+        }
+        if !refused.is_empty() {
+            tracing::warn!(type_url = %response.type_url, refused = ?refused, "resources refused");
+        }
+        DeltaDiscoveryRequest {
+            type_url: response.type_url,
+            response_nonce: response.nonce,
+            error_detail: (!refused.is_empty()).then(|| rpc::Status {
+                code: 3, // INVALID_ARGUMENT
+                message: refused.join("; "),
+                details: vec![],
+            }),
+            ..DeltaDiscoveryRequest::default()
+        }
+    }
+
+    /// `uid/n`: a lower n of the same source is an older view, which never replaces a newer one
+    /// (settled D18).
+    fn version_went_back(&mut self, version: &str) -> Option<String> {
+        let (uid, number) = version.rsplit_once('/')?;
+        let number: u64 = number.parse().ok()?;
+        match &mut self.source {
+            Some((source, highest)) if source == uid => {
+                if number < *highest {
+                    return Some(format!("version {version} is older than {highest}"));
+                }
+                *highest = number;
+            }
+            source => *source = Some((uid.to_owned(), number)),
+        }
+        None
+    }
+
+    fn read(&mut self, url: &'static str, resource: Resource) -> Result<Change, DecodeError> {
+        let bytes = resource.resource.map(|any| any.value).unwrap_or_default();
+        let change = decode(url, &bytes)?;
+        let names = match &change {
+            Change::Workload(workload) => Named::Workload(workload.uid.clone()),
+            Change::Service(service) => Named::Service(service.key.clone()),
+            Change::Policy(policy) => Named::Policy(policy.key.clone()),
+            Change::OutboundPolicy(policy) => Named::OutboundPolicy(policy.key.clone()),
+            _ => Named::Config,
+        };
+        let state = self.types.entry(url).or_default();
+        state.held.insert(
+            resource.name,
+            Held {
+                version: resource.version,
+                names,
+            },
+        );
+        Ok(change)
+    }
+
+    fn remove(&mut self, url: &'static str, name: &str) -> Option<Change> {
+        match self.types.entry(url).or_default().held.remove(name) {
+            Some(held) => match held.names {
+                Named::Workload(uid) => Some(Change::RemoveWorkload(uid)),
+                Named::Service(key) => Some(Change::RemoveService(key)),
+                Named::Policy(key) => Some(Change::RemovePolicy(key)),
+                Named::OutboundPolicy(key) => Some(Change::RemoveOutboundPolicy(key)),
+                Named::Config => None,
+            },
+            // An address that was asked for and that nothing has.
+            None => {
+                let (network, ip) = name.rsplit_once('/')?;
+                let ip = ip.parse().ok()?;
+                Some(Change::Unknown(NetworkAddress {
+                    network: NetworkId::from(network),
+                    ip,
+                }))
+            }
+        }
+    }
+
+    fn publish(&mut self, changes: impl IntoIterator<Item = Change>) {
+        let mut changed = false;
+        for change in changes {
+            self.snapshot.apply(change);
+            changed = true;
+        }
+        if changed {
+            self.snapshot.generation += 1;
+            self.shared.snapshot.store(Arc::new(self.snapshot.clone()));
+            self.shared.generation.send_replace(self.snapshot.generation);
+        }
+    }
+}
