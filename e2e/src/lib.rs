@@ -4,9 +4,11 @@
 //! lab            nodes, pods and hosts as network namespaces of this machine; wires, faults, captures
 //! mesh           real control, agents and ztunnels in a lab
 //! prerequisites  programs of others, found or fetched
+//! traffic        servers and clients where no program of others says enough
 //! ```
 #![forbid(unsafe_code)]
 
 pub mod lab;
 pub mod mesh;
 pub mod prerequisites;
+pub mod traffic;

@@ -1,13 +1,16 @@
 //! The lab itself: its network carries what it should, and it leaves nothing behind.
 
+#![expect(clippy::unwrap_used, reason = "a test fails where it stands")]
+
 use std::fs;
-use std::io::{Read, Write};
+use std::io::{ErrorKind, Read, Write};
 use std::net::{SocketAddr, TcpStream};
 use std::process::{Command, Stdio};
 use std::thread;
 use std::time::Duration;
 
-use culvert_e2e::lab::{Lab, PodSpec, poll_until};
+use culvert_e2e::lab::{Effect, Lab, PodSpec, poll_until};
+use culvert_e2e::traffic::{Server, send_pattern};
 
 const CANARY: &[u8] = b"canary-3f1c9a70d2";
 const WAIT: Duration = Duration::from_secs(10);
@@ -223,4 +226,73 @@ fn a_killed_lab_leaves_nothing_behind() {
         }
     })
     .unwrap();
+}
+
+#[test]
+fn a_partition_loses_everything_between_two_machines_and_heals() {
+    let lab = Lab::new().unwrap();
+    let (a, b) = (lab.node("a").unwrap(), lab.node("b").unwrap());
+    let control = lab.host("control").unwrap();
+    let web = a.pod(PodSpec::new("shop", "web")).unwrap();
+    let cart = b.pod(PodSpec::new("shop", "cart")).unwrap();
+    let _echo = Server::echo(cart.listen(80).unwrap()).unwrap();
+    let _control = Server::echo(control.listen(80).unwrap()).unwrap();
+    let short = Duration::from_millis(300);
+    for ip in cart.addresses().all() {
+        lab.partition(&a, &b).unwrap();
+        assert_eq!(
+            web.connect_within((ip, 80), short).unwrap_err().kind(),
+            ErrorKind::TimedOut
+        );
+        web.connect((control.ip_like(ip), 80))
+            .expect("others are not concerned");
+        lab.heal().unwrap();
+        web.connect((ip, 80)).expect("it heals");
+        lab.disturb(&b, &a, 1000, Effect::Lost).unwrap();
+        assert_eq!(
+            web.connect_within((ip, 80), short).unwrap_err().kind(),
+            ErrorKind::TimedOut,
+            "one way"
+        );
+        lab.heal().unwrap();
+        lab.disturb(&a, &b, 1000, Effect::Reset).unwrap();
+        let refused = web.connect((ip, 80)).unwrap_err();
+        assert_eq!(
+            refused.kind(),
+            ErrorKind::ConnectionRefused,
+            "a reset answers a SYN"
+        );
+        lab.heal().unwrap();
+    }
+}
+
+#[test]
+fn a_lossy_or_narrow_link_still_carries_every_byte() {
+    let lab = Lab::new().unwrap();
+    let (a, b) = (lab.node("a").unwrap(), lab.node("b").unwrap());
+    let _digest = Server::digest(b.listen(80).unwrap()).unwrap();
+    let transfer = |bytes: u64| {
+        let socket = a.connect((b.addresses().v6, 80)).unwrap();
+        socket.set_read_timeout(Some(WAIT)).unwrap();
+        let start = std::time::Instant::now();
+        let sent = send_pattern(&socket, bytes, 7).unwrap();
+        let mut arrived = String::new();
+        (&socket).read_to_string(&mut arrived).unwrap();
+        assert_eq!(arrived, sent);
+        start.elapsed()
+    };
+    let free = transfer(1 << 20);
+    lab.limit_rate(&b, Some(8_000_000)).unwrap();
+    let narrow = transfer(1 << 20);
+    assert!(
+        narrow > Duration::from_millis(600),
+        "a second's worth at 1 MB/s took {narrow:?}"
+    );
+    lab.limit_rate(&b, None).unwrap();
+    for machine in [&a, &b] {
+        machine.set_mtu(1280).unwrap();
+    }
+    lab.disturb(&a, &b, 50, Effect::Lost).unwrap();
+    let lossy = transfer(1 << 20);
+    assert!(free < narrow, "free {free:?}, narrow {narrow:?}, lossy {lossy:?}");
 }

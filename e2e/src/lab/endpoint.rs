@@ -14,6 +14,7 @@ use anyhow::{Result, bail};
 
 use super::Grounds;
 use super::capture::Capture;
+use super::faults::Place;
 use super::namespaces::NetNs;
 use super::process::{self, Process, Start};
 use super::wires::{self, Addresses};
@@ -33,6 +34,8 @@ pub struct Endpoint {
     pub(super) addresses: Addresses,
     /// The link that joins it to the rest of the lab.
     pub(super) link: &'static str,
+    /// Where it is on the fabric; a pod is behind its node.
+    pub(super) place: Option<Place>,
 }
 
 impl Endpoint {

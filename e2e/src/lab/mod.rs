@@ -11,6 +11,7 @@
 
 pub mod capture;
 mod endpoint;
+mod faults;
 mod namespaces;
 mod process;
 mod wires;
@@ -26,6 +27,8 @@ use std::thread;
 use anyhow::{Context, Result, ensure};
 
 pub use endpoint::{DEFAULT_WAIT, Endpoint};
+pub use faults::Effect;
+use faults::{Fault, Place};
 pub use namespaces::NetNs;
 use namespaces::{FirstProcess, require_root};
 pub use process::{Process, Start, poll_until, tail};
@@ -69,6 +72,7 @@ struct Grounds {
     outside: AtomicU16,
     uids: AtomicU64,
     logs: Mutex<Vec<PathBuf>>,
+    faults: Mutex<Vec<Fault>>,
 }
 
 impl Lab {
@@ -89,6 +93,7 @@ impl Lab {
             outside: AtomicU16::new(0),
             uids: AtomicU64::new(0),
             logs: Mutex::default(),
+            faults: Mutex::default(),
         };
         Ok(Self {
             grounds: Arc::new(grounds),
@@ -120,7 +125,14 @@ impl Lab {
             wires::route_via(&ns, Some(pod_block(other)), there.addresses)?;
             wires::route_via(&there.ns, Some(pod_block(number)), addresses)?;
         }
-        let endpoint = self.endpoint(name, ns, addresses, FABRIC_LINK);
+        let endpoint = self.machine(
+            name,
+            ns,
+            addresses,
+            FABRIC_LINK,
+            node_port(number),
+            Some(pod_block(number)),
+        );
         nodes.push(endpoint.clone());
         Ok(Node {
             endpoint,
@@ -138,16 +150,10 @@ impl Lab {
         };
         let ns = NetNs::fresh()?;
         wires::prepare(&ns, Role::Endpoint)?;
-        wires::join(
-            &ns,
-            FABRIC_LINK,
-            addresses,
-            FABRIC,
-            &self.grounds.fabric,
-            &format!("h{number}"),
-        )?;
+        let port = format!("h{number}");
+        wires::join(&ns, FABRIC_LINK, addresses, FABRIC, &self.grounds.fabric, &port)?;
         wires::route_via(&ns, None, FABRIC_ROUTER)?;
-        Ok(self.endpoint(name, ns, addresses, FABRIC_LINK))
+        Ok(self.machine(name, ns, addresses, FABRIC_LINK, port, None))
     }
 
     /// A machine outside of every range of the mesh.
@@ -159,14 +165,9 @@ impl Lab {
         };
         let ns = NetNs::fresh()?;
         wires::prepare(&ns, Role::Endpoint)?;
-        wires::route_to_endpoint(
-            &self.grounds.fabric,
-            &format!("o{number}"),
-            FABRIC_ROUTER,
-            &ns,
-            addresses,
-        )?;
-        Ok(self.endpoint(name, ns, addresses, ENDPOINT_LINK))
+        let port = format!("o{number}");
+        wires::route_to_endpoint(&self.grounds.fabric, &port, FABRIC_ROUTER, &ns, addresses)?;
+        Ok(self.machine(name, ns, addresses, ENDPOINT_LINK, port, None))
     }
 
     /// Where this process sees a file of the lab; inside it is `inside`.
@@ -179,13 +180,27 @@ impl Lab {
         self.grounds.first.pid()
     }
 
-    fn endpoint(&self, name: &str, ns: NetNs, addresses: Addresses, link: &'static str) -> Endpoint {
+    /// A machine on `port` of the fabric, with what is behind it.
+    fn machine(
+        &self,
+        name: &str,
+        ns: NetNs,
+        addresses: Addresses,
+        link: &'static str,
+        port: String,
+        behind: Option<Block>,
+    ) -> Endpoint {
+        let mut blocks = vec![(addresses.v4.into(), 32), (addresses.v6.into(), 128)];
+        if let Some(Block { v4, v6 }) = behind {
+            blocks.extend([(v4.0.into(), v4.1), (v6.0.into(), v6.1)]);
+        }
         Endpoint {
             grounds: self.grounds.clone(),
             name: name.to_owned(),
             ns: Arc::new(ns),
             addresses,
             link,
+            place: Some(Place { port, blocks }),
         }
     }
 }
@@ -267,6 +282,7 @@ impl Node {
             ns: Arc::new(ns),
             addresses,
             link: ENDPOINT_LINK,
+            place: None,
         };
         let uid = format!("{serial:08x}-c01d-4000-8000-{serial:012x}");
         Ok(Pod {

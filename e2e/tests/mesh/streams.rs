@@ -1,0 +1,150 @@
+//! TCP through the mesh is TCP: long, many, half-closed, silent, either end first.
+
+use std::io::{BufRead, BufReader, Read, Write};
+use std::net::{Shutdown, TcpStream};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use culvert_e2e::traffic::{Server, echo_once, send_pattern};
+
+use crate::{Shop, WAIT};
+
+#[test]
+fn a_gibibyte_arrives_as_it_was_sent() {
+    let shop = Shop::open();
+    let _digest = Server::digest(shop.cart.listen(8080).unwrap()).unwrap();
+    let socket = shop.web.connect((shop.vip.v4, 80)).unwrap();
+    // Beside what else runs on the machine, a debug build carries tens of megabytes a second.
+    socket.set_read_timeout(Some(Duration::from_secs(120))).unwrap();
+    socket.set_write_timeout(Some(Duration::from_secs(60))).unwrap();
+    let sent = send_pattern(&socket, 1 << 30, 1).unwrap();
+    let mut arrived = String::new();
+    (&socket).read_to_string(&mut arrived).unwrap();
+    assert_eq!(arrived, sent);
+}
+
+#[test]
+fn both_directions_at_once_keep_their_bytes() {
+    let shop = Shop::open();
+    let _echo = Server::echo(shop.cart.listen(8080).unwrap()).unwrap();
+    for ip in shop.vip.all() {
+        let socket = shop.web.connect((ip, 80)).unwrap();
+        socket.set_read_timeout(Some(WAIT)).unwrap();
+        let back = socket.try_clone().unwrap();
+        let reader = thread::spawn(move || {
+            let mut all = Vec::new();
+            (&back).read_to_end(&mut all).map(|_| all)
+        });
+        let sent = send_pattern(&socket, 32 << 20, 2).unwrap();
+        let echoed = reader.join().unwrap().unwrap();
+        assert_eq!(echoed.len(), 32 << 20);
+        let digest = culvert_e2e::traffic::digest_of(&echoed);
+        assert_eq!(digest, sent, "{ip}");
+    }
+}
+
+#[test]
+fn five_thousand_idle_connections_stay_and_answer() {
+    const CONNECTIONS: usize = 5_000;
+    let shop = Shop::open();
+    let server = Server::echo(shop.cart.listen(8080).unwrap()).unwrap();
+    let to = (shop.vip.v4, 80).into();
+    let sockets: Vec<TcpStream> = shop
+        .web
+        .inside(|| {
+            (0..CONNECTIONS)
+                .map(|number| {
+                    let socket = TcpStream::connect_timeout(&to, WAIT)
+                        .unwrap_or_else(|e| panic!("connection {number}: {e}"));
+                    socket.set_read_timeout(Some(WAIT)).unwrap();
+                    socket
+                })
+                .collect()
+        })
+        .unwrap();
+    for (number, socket) in sockets.iter().enumerate() {
+        echo_once(socket, &number.to_be_bytes()).unwrap_or_else(|e| panic!("connection {number}: {e:#}"));
+    }
+    assert_eq!(server.accepted(), CONNECTIONS as u64);
+    thread::sleep(Duration::from_secs(3));
+    for (number, socket) in sockets.iter().enumerate() {
+        echo_once(socket, b"still").unwrap_or_else(|e| panic!("connection {number} after idling: {e:#}"));
+    }
+}
+
+#[test]
+fn f53_each_direction_closes_alone() {
+    let shop = Shop::open();
+    let listener = shop.cart.listen(8080).unwrap();
+    for ip in shop.vip.all() {
+        // The client ends first, and still receives.
+        let mut client = shop.web.connect((ip, 80)).unwrap();
+        let mut server = accept(&listener);
+        client.set_read_timeout(Some(WAIT)).unwrap();
+        client.write_all(b"question").unwrap();
+        client.shutdown(Shutdown::Write).unwrap();
+        let mut question = String::new();
+        server.read_to_string(&mut question).unwrap();
+        assert_eq!(question, "question");
+        thread::sleep(Duration::from_millis(300));
+        server.write_all(b"answer").unwrap();
+        drop(server);
+        let mut answer = String::new();
+        client.read_to_string(&mut answer).unwrap();
+        assert_eq!(answer, "answer");
+
+        // The server ends first, and still receives.
+        let mut client = shop.web.connect((ip, 80)).unwrap();
+        let mut server = accept(&listener);
+        client.set_read_timeout(Some(WAIT)).unwrap();
+        server.write_all(b"notice").unwrap();
+        server.shutdown(Shutdown::Write).unwrap();
+        let mut notice = String::new();
+        client.read_to_string(&mut notice).unwrap();
+        assert_eq!(notice, "notice");
+        thread::sleep(Duration::from_millis(300));
+        client.write_all(b"noted").unwrap();
+        drop(client);
+        let mut noted = String::new();
+        server.read_to_string(&mut noted).unwrap();
+        assert_eq!(noted, "noted");
+    }
+}
+
+#[test]
+fn f53_a_server_that_speaks_first_is_heard_at_once() {
+    let shop = Shop::open();
+    let _greeting = Server::greet(shop.cart.listen(8080).unwrap()).unwrap();
+    // The first connection pays for the certificate and the handshake.
+    echo_once(&greeted(&shop), b"warm").unwrap();
+    let start = Instant::now();
+    let socket = greeted(&shop);
+    let took = start.elapsed();
+    assert!(
+        took < Duration::from_millis(500),
+        "connect and greeting took {took:?}"
+    );
+    echo_once(&socket, b"EHLO").unwrap();
+}
+
+fn greeted(shop: &Shop) -> TcpStream {
+    let socket = shop.web.connect((shop.vip.v6, 80)).unwrap();
+    socket.set_read_timeout(Some(WAIT)).unwrap();
+    let mut line = String::new();
+    BufReader::with_capacity(1, &socket).read_line(&mut line).unwrap();
+    assert_eq!(line, format!("220 {}\r\n", shop.web.addresses().v6));
+    socket
+}
+
+fn accept(listener: &std::net::TcpListener) -> TcpStream {
+    listener.set_nonblocking(true).unwrap();
+    let accepted = culvert_e2e::lab::poll_until("a connection arrives", WAIT, || match listener.accept() {
+        Ok((socket, _)) => Ok(Some(socket)),
+        Err(e) if e.kind() == std::io::ErrorKind::WouldBlock => Ok(None),
+        Err(e) => Err(e.into()),
+    });
+    let socket = accepted.unwrap();
+    socket.set_nonblocking(false).unwrap();
+    socket.set_read_timeout(Some(WAIT)).unwrap();
+    socket
+}
