@@ -1,5 +1,4 @@
 //! The lab itself: its network carries what it should, and it leaves nothing behind.
-
 #![expect(clippy::unwrap_used, reason = "a test fails where it stands")]
 
 use std::fs;
