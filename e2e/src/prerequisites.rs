@@ -174,14 +174,19 @@ fn missing(programs: &[Program]) -> Vec<&'static str> {
 
 fn apt(packages: &[&str]) -> Result<()> {
     let run = |arguments: &[&str]| -> Result<()> {
-        let status = Command::new("apt-get")
+        let output = Command::new("apt-get")
             .args(["-qq", "-o", "DPkg::Lock::Timeout=300"])
             .args(arguments)
             .env("DEBIAN_FRONTEND", "noninteractive")
             .stdin(Stdio::null())
-            .stdout(Stdio::null())
-            .status()?;
-        ensure!(status.success(), "apt-get {}: {status}", arguments.join(" "));
+            .output()?;
+        let said = String::from_utf8_lossy(&output.stderr);
+        ensure!(
+            output.status.success(),
+            "apt-get {}: {}: {said}",
+            arguments.join(" "),
+            output.status
+        );
         Ok(())
     };
     let install = [&["install", "-y", "--no-install-recommends"], packages].concat();

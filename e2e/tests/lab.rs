@@ -295,3 +295,55 @@ fn a_lossy_or_narrow_link_still_carries_every_byte() {
     let lossy = transfer(1 << 20);
     assert!(free < narrow, "free {free:?}, narrow {narrow:?}, lossy {lossy:?}");
 }
+
+#[test]
+fn a_pod_resolves_as_in_its_cluster() {
+    let lab = Lab::new().unwrap();
+    lab.resolve_by(&["172.31.1.1".parse().unwrap()], "cluster.local")
+        .unwrap();
+    let web = lab.node("a").unwrap().pod(PodSpec::new("shop", "web")).unwrap();
+    let seen = web.shell("cat /etc/resolv.conf").unwrap();
+    let want = "search shop.svc.cluster.local svc.cluster.local cluster.local\noptions ndots:5\n\
+                nameserver 172.31.1.1\n";
+    assert_eq!(seen, want);
+}
+
+#[test]
+fn limits_hold_a_process_and_are_gone_after_it() {
+    use culvert_e2e::lab::{Limits, Start};
+    use std::sync::Arc;
+    let lab = Lab::new().unwrap();
+    let web = lab.node("a").unwrap().pod(PodSpec::new("shop", "web")).unwrap();
+    let limits = Arc::new(Limits::new(Some(64 << 20), Some(0.2)).unwrap());
+    let mut busy = Command::new("/bin/sh");
+    busy.args(["-c", "while :; do :; done"]);
+    let process = web.spawn("busy", Start::from(busy).limits(&limits)).unwrap();
+    let stat = || -> u64 {
+        let stat = fs::read_to_string(format!("/proc/{}/stat", process.pid())).unwrap();
+        stat.rsplit(") ")
+            .next()
+            .unwrap()
+            .split(' ')
+            .nth(11)
+            .unwrap()
+            .parse()
+            .unwrap()
+    };
+    thread::sleep(Duration::from_millis(300));
+    let before = stat();
+    thread::sleep(Duration::from_secs(1));
+    let ticks = stat() - before;
+    assert!(ticks <= 40, "a fifth of a processor, not {ticks} hundredths");
+    let groups = fs::read_to_string(format!("/proc/{}/cgroup", process.pid())).unwrap();
+    let own = format!("culvert-lab.{}.", std::process::id());
+    assert!(groups.contains(&own), "{groups}");
+    drop((process, limits));
+    for folder in ["/sys/fs/cgroup", "/sys/fs/cgroup/memory", "/sys/fs/cgroup/cpu"] {
+        for entry in fs::read_dir(folder).into_iter().flatten().flatten() {
+            assert!(
+                !entry.file_name().to_string_lossy().starts_with(&own),
+                "{entry:?} is left"
+            );
+        }
+    }
+}

@@ -5,6 +5,7 @@
 
 use std::io;
 use std::net::{IpAddr, Ipv6Addr, SocketAddr, TcpListener, TcpStream, UdpSocket};
+use std::os::fd::{AsFd, AsRawFd};
 use std::path::PathBuf;
 use std::process::{Command, Output};
 use std::sync::Arc;
@@ -36,6 +37,8 @@ pub struct Endpoint {
     pub(super) link: &'static str,
     /// Where it is on the fabric; a pod is behind its node.
     pub(super) place: Option<Place>,
+    /// What programs here see as `/etc/resolv.conf`, if not the machine's: a path inside the lab.
+    pub(super) resolv_conf: Option<PathBuf>,
 }
 
 impl Endpoint {
@@ -89,7 +92,7 @@ impl Endpoint {
         let log = self
             .grounds
             .log(&format!("{}.{name}", self.name.replace('/', ".")))?;
-        Process::start(name, start.into(), log, &self.grounds.first, &self.ns)
+        Process::start(name, start.into(), log, &self.start_place())
     }
 
     /// Runs a program here to its end.
@@ -98,7 +101,23 @@ impl Endpoint {
     }
 
     pub fn run_within(&self, start: impl Into<Start>, within: Duration) -> Result<Output> {
-        process::run(start.into(), within, &self.grounds.first, &self.ns)
+        process::run(start.into(), within, &self.start_place())
+    }
+
+    fn start_place(&self) -> process::Place<'_> {
+        let resolv_conf = self.resolv_conf.as_deref();
+        process::Place {
+            first: &self.grounds.first,
+            net: &self.ns,
+            resolv_conf,
+        }
+    }
+
+    /// A command, for people, that opens a shell here while this process lives.
+    pub fn shell_command(&self) -> String {
+        let (owner, fd) = (std::process::id(), self.ns.as_fd().as_raw_fd());
+        let first = self.grounds.first.pid();
+        format!("sudo nsenter --net=/proc/{owner}/fd/{fd} --target {first} --mount --pid")
     }
 
     /// Runs a shell script here and returns what it wrote; fails unless it succeeds.

@@ -12,16 +12,17 @@
 pub mod capture;
 mod endpoint;
 mod faults;
+mod limits;
 mod namespaces;
 mod process;
 mod wires;
 
 use std::fs;
-use std::net::{Ipv4Addr, Ipv6Addr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::ops::Deref;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU16, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::thread;
 
 use anyhow::{Context, Result, ensure};
@@ -29,6 +30,7 @@ use anyhow::{Context, Result, ensure};
 pub use endpoint::{DEFAULT_WAIT, Endpoint};
 pub use faults::Effect;
 use faults::{Fault, Place};
+pub use limits::Limits;
 pub use namespaces::NetNs;
 use namespaces::{FirstProcess, require_root};
 pub use process::{Process, Start, poll_until, tail};
@@ -73,6 +75,7 @@ struct Grounds {
     uids: AtomicU64,
     logs: Mutex<Vec<PathBuf>>,
     faults: Mutex<Vec<Fault>>,
+    dns: OnceLock<Dns>,
 }
 
 impl Lab {
@@ -94,6 +97,7 @@ impl Lab {
             uids: AtomicU64::new(0),
             logs: Mutex::default(),
             faults: Mutex::default(),
+            dns: OnceLock::new(),
         };
         Ok(Self {
             grounds: Arc::new(grounds),
@@ -156,6 +160,19 @@ impl Lab {
         Ok(self.machine(name, ns, addresses, FABRIC_LINK, port, None))
     }
 
+    /// Pods made from here on ask `servers`, and search as in a cluster called `cluster_domain`.
+    pub fn resolve_by(&self, servers: &[IpAddr], cluster_domain: &str) -> Result<()> {
+        let dns = Dns {
+            servers: servers.to_vec(),
+            cluster_domain: cluster_domain.to_owned(),
+        };
+        ensure!(
+            self.grounds.dns.set(dns).is_ok(),
+            "the lab has a resolver already"
+        );
+        Ok(())
+    }
+
     /// A machine outside of every range of the mesh.
     pub fn outside(&self, name: &str) -> Result<Endpoint> {
         let number = self.grounds.outside.fetch_add(1, Ordering::Relaxed) + 1;
@@ -201,6 +218,7 @@ impl Lab {
             addresses,
             link,
             place: Some(Place { port, blocks }),
+            resolv_conf: None,
         }
     }
 }
@@ -265,6 +283,7 @@ impl Node {
     pub fn pod_at(&self, spec: PodSpec, addresses: Addresses) -> Result<Pod> {
         let grounds = &self.endpoint.grounds;
         let serial = grounds.uids.fetch_add(1, Ordering::Relaxed) + 1;
+        let uid = format!("{serial:08x}-c01d-4000-8000-{serial:012x}");
         let ns = NetNs::fresh()?;
         wires::prepare(&ns, Role::Endpoint)?;
         let host_link = format!("p{serial}");
@@ -283,8 +302,8 @@ impl Node {
             addresses,
             link: ENDPOINT_LINK,
             place: None,
+            resolv_conf: self.resolv_conf(&spec.namespace, &uid)?,
         };
-        let uid = format!("{serial:08x}-c01d-4000-8000-{serial:012x}");
         Ok(Pod {
             endpoint,
             node: self.clone(),
@@ -294,6 +313,32 @@ impl Node {
             host_ifindex,
         })
     }
+}
+
+impl Node {
+    /// A pod's resolver configuration, as kubelet writes it.
+    fn resolv_conf(&self, namespace: &str, uid: &str) -> Result<Option<PathBuf>> {
+        let grounds = &self.endpoint.grounds;
+        let Some(dns) = grounds.dns.get() else {
+            return Ok(None);
+        };
+        let domain = &dns.cluster_domain;
+        let mut text = format!("search {namespace}.svc.{domain} svc.{domain} {domain}\noptions ndots:5\n");
+        for server in &dns.servers {
+            text.push_str(&format!("nameserver {server}\n"));
+        }
+        let path = Path::new("/run/resolv").join(uid);
+        fs::create_dir_all(grounds.first.path("/run/resolv"))?;
+        fs::write(grounds.first.path(&path), text)?;
+        Ok(Some(path))
+    }
+}
+
+/// The resolver that pods are given.
+#[derive(Debug)]
+struct Dns {
+    servers: Vec<IpAddr>,
+    cluster_domain: String,
 }
 
 /// What a pod says of itself.

@@ -9,7 +9,7 @@
 //! which dies with the pipe; mounts die with the mount namespace; network namespaces are held by file
 //! descriptors alone. No thread of a runtime ever changes its namespace: each entry is a thread of its own.
 
-use std::fs::File;
+use std::fs::{self, File};
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::MetadataExt;
@@ -70,6 +70,8 @@ pub struct FirstProcess {
     mount_ns: OwnedFd,
 }
 
+const RESOLV_CONF: &str = "/etc/resolv.conf";
+
 /// Reaps the orphans it adopts (an ignored SIGCHLD does that) and ends with its standard input.
 const FIRST_PROCESS: &str = "trap '' CHLD; exec cat >/dev/null";
 
@@ -87,6 +89,7 @@ impl FirstProcess {
                 Some("mode=755"),
             )
             .context("cannot mount the lab's /run")?;
+            keep_resolv_conf()?;
             let child = Command::new("/bin/sh")
                 .args(["-c", FIRST_PROCESS])
                 .stdin(Stdio::piped())
@@ -127,12 +130,30 @@ impl FirstProcess {
     }
 
     /// Runs `f` on a thread whose children are born in the lab's PID and mount namespaces and in `net`.
-    pub fn run<T: Send>(&self, net: &NetNs, f: impl FnOnce() -> T + Send) -> io::Result<T> {
+    ///
+    /// `resolv_conf`, a path inside the lab, is what they see as `/etc/resolv.conf`.
+    pub fn run<T: Send>(
+        &self,
+        net: &NetNs,
+        resolv_conf: Option<&Path>,
+        f: impl FnOnce() -> T + Send,
+    ) -> Result<T> {
         on_a_thread(|| {
             // A mount namespace is entered only by a thread that shares its root and directory with none.
             unshare(CloneFlags::CLONE_FS)?;
             setns(net, CloneFlags::CLONE_NEWNET)?;
             setns(&self.mount_ns, CloneFlags::CLONE_NEWNS)?;
+            if let Some(path) = resolv_conf {
+                unshare(CloneFlags::CLONE_NEWNS)?;
+                mount(
+                    Some(path),
+                    RESOLV_CONF,
+                    None::<&str>,
+                    MsFlags::MS_BIND,
+                    None::<&str>,
+                )
+                .with_context(|| format!("cannot put {} over {RESOLV_CONF}", path.display()))?;
+            }
             // Last: with another PID namespace for its children a thread can start no thread.
             setns(&self.pid_ns, CloneFlags::CLONE_NEWPID)?;
             Ok(f())
@@ -169,6 +190,22 @@ fn mount_nothing_outside() -> Result<()> {
     let none = None::<&str>;
     mount(none, "/", none, MsFlags::MS_REC | MsFlags::MS_PRIVATE, none)
         .context("cannot make the lab's mounts private")
+}
+
+/// Where `/etc/resolv.conf` points into `/run`, as systemd-resolved has it, the new `/run` needs a file there
+/// for another to be mounted over.
+fn keep_resolv_conf() -> Result<()> {
+    let Ok(target) = fs::read_link(RESOLV_CONF) else {
+        return Ok(());
+    };
+    let target = Path::new("/etc").join(target);
+    if let Some(folder) = target.parent()
+        && !target.exists()
+    {
+        fs::create_dir_all(folder)?;
+        fs::write(&target, "").with_context(|| target.display().to_string())?;
+    }
+    Ok(())
 }
 
 fn on_a_thread<T: Send>(f: impl FnOnce() -> T + Send) -> io::Result<T> {

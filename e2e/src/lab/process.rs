@@ -8,7 +8,7 @@ use std::io::{self, Read};
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Output, Stdio};
-use std::sync::{Mutex, MutexGuard, PoisonError, mpsc};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -17,6 +17,7 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use rustix::thread::CapabilitySet;
 
+use super::limits::Limits;
 use super::namespaces::{FirstProcess, NetNs};
 
 /// What to start and with which rights.
@@ -27,8 +28,8 @@ pub struct Start {
     pub uid: Option<u32>,
     /// Hard and soft limit of open files.
     pub nofile: Option<u64>,
-    /// Folders of cgroup v1 controllers that the process is born in.
-    pub cgroups: Vec<PathBuf>,
+    /// Limits that it shares with others.
+    pub limits: Option<Arc<Limits>>,
 }
 
 impl From<Command> for Start {
@@ -37,7 +38,7 @@ impl From<Command> for Start {
             command,
             uid: None,
             nofile: None,
-            cgroups: Vec::new(),
+            limits: None,
         }
     }
 }
@@ -53,12 +54,12 @@ impl Start {
         self
     }
 
-    pub fn cgroup(mut self, folder: impl Into<PathBuf>) -> Self {
-        self.cgroups.push(folder.into());
+    pub fn limits(mut self, limits: &Arc<Limits>) -> Self {
+        self.limits = Some(limits.clone());
         self
     }
 
-    pub(super) fn spawn(self, first: &FirstProcess, net: &NetNs) -> Result<Child> {
+    pub(super) fn spawn(self, place: &Place<'_>) -> Result<Child> {
         let program = self.command.get_program().to_string_lossy().into_owned();
         let mut command = match self.nofile {
             Some(limit) => limited(self.command, limit),
@@ -66,15 +67,11 @@ impl Start {
         };
         // A group of its own: Ctrl-C at the terminal is for the owner of the lab, who ends it in order.
         command.process_group(0);
-        first
-            .run(net, || -> Result<Child> {
-                for folder in &self.cgroups {
-                    let tasks = folder.join("tasks");
-                    // This thread moves; its child is born where it is.
-                    fs::write(&tasks, rustix::thread::gettid().as_raw_nonzero().to_string())
-                        .with_context(|| format!("cannot enter {}", tasks.display()))?;
-                }
-                if let Some(uid) = self.uid {
+        let uid = self.uid;
+        let mut child = place
+            .first
+            .run(place.net, place.resolv_conf, || -> Result<Child> {
+                if let Some(uid) = uid {
                     for capability in CapabilitySet::all().iter() {
                         // A kernel that lacks the newest ones answers EINVAL: nothing to drop.
                         let _ = rustix::thread::remove_capability_from_bounding_set(capability);
@@ -82,9 +79,27 @@ impl Start {
                     command.uid(uid).gid(uid);
                 }
                 Ok(command.spawn()?)
-            })?
-            .with_context(|| format!("cannot start {program}"))
+            })
+            .flatten()
+            .with_context(|| format!("cannot start {program}"))?;
+        if let Some(limits) = &self.limits
+            && let Err(error) = limits.take(child.id())
+        {
+            child.kill()?;
+            child.wait()?;
+            return Err(error);
+        }
+        Ok(child)
     }
+}
+
+/// Where a process starts.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Place<'a> {
+    pub first: &'a FirstProcess,
+    pub net: &'a NetNs,
+    /// What it sees as `/etc/resolv.conf`, a path inside the lab.
+    pub resolv_conf: Option<&'a Path>,
 }
 
 /// The same command under a limit of open files, which a shell sets before it becomes the program.
@@ -114,28 +129,26 @@ pub struct Process {
     log: PathBuf,
     pid: u32,
     child: Mutex<Child>,
+    /// Kept for as long as the process may live.
+    _limits: Option<Arc<Limits>>,
 }
 
 impl Process {
-    pub(super) fn start(
-        name: &str,
-        mut start: Start,
-        log: PathBuf,
-        first: &FirstProcess,
-        net: &NetNs,
-    ) -> Result<Self> {
+    pub(super) fn start(name: &str, mut start: Start, log: PathBuf, place: &Place<'_>) -> Result<Self> {
         let out = File::options().create(true).append(true).open(&log)?;
         start
             .command
             .stdin(Stdio::null())
             .stdout(out.try_clone()?)
             .stderr(out);
-        let child = start.spawn(first, net)?;
+        let limits = start.limits.clone();
+        let child = start.spawn(place)?;
         Ok(Self {
             name: name.to_owned(),
             log,
             pid: child.id(),
             child: Mutex::new(child),
+            _limits: limits,
         })
     }
 
@@ -250,14 +263,14 @@ impl Drop for Process {
 }
 
 /// Runs `start` to its end and collects what it wrote; killed after `within`.
-pub(super) fn run(mut start: Start, within: Duration, first: &FirstProcess, net: &NetNs) -> Result<Output> {
+pub(super) fn run(mut start: Start, within: Duration, place: &Place<'_>) -> Result<Output> {
     let line = describe(&start.command);
     start
         .command
         .stdin(Stdio::null())
         .stdout(Stdio::piped())
         .stderr(Stdio::piped());
-    let mut child = start.spawn(first, net)?;
+    let mut child = start.spawn(place)?;
     let stdout = collect(child.stdout.take());
     let stderr = collect(child.stderr.take());
     let deadline = Instant::now() + within;

@@ -33,6 +33,7 @@ use pages::{Metrics, Page};
 pub const ZTUNNEL_UID: u32 = 65532;
 
 pub const TRUST_DOMAIN: &str = "cluster.local";
+pub const CLUSTER_DOMAIN: &str = "cluster.local";
 pub const CONTROL_NAME: &str = "control.culvert-system.svc";
 /// Where the mesh's own pods are.
 pub const SYSTEM: &str = "culvert-system";
@@ -96,6 +97,7 @@ impl Mesh {
         let lab = Lab::new()?;
         let control_host = lab.host("control")?;
         let resolver = lab.host("resolver")?;
+        lab.resolve_by(&resolver.addresses().all(), CLUSTER_DOMAIN)?;
         let config = ConfigFolder::new(lab.path(CONFIG), lab.path("/run/culvert/control/aside"))?;
         let mesh = Self {
             lab,
