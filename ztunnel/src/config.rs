@@ -8,7 +8,11 @@ use std::{net::SocketAddr, path::PathBuf, time::Duration};
 #[command(name = "ztunnel", version, about)]
 pub struct Config {
     /// Socket on which the node's agent hands over listeners and sockets.
-    #[arg(long, env = "CULVERT_AGENT_SOCKET", default_value = "/run/culvert/ztunnel.sock")]
+    #[arg(
+        long,
+        env = "CULVERT_AGENT_SOCKET",
+        default_value = "/run/culvert/ztunnel.sock"
+    )]
     pub agent_socket: PathBuf,
 
     /// Control plane, `https://host-or-ip:15012`.
@@ -20,7 +24,11 @@ pub struct Config {
     pub control_ca: PathBuf,
 
     /// Name in the control plane's certificate.
-    #[arg(long, env = "CULVERT_CONTROL_NAME", default_value = "control.culvert-system.svc")]
+    #[arg(
+        long,
+        env = "CULVERT_CONTROL_NAME",
+        default_value = "control.culvert-system.svc"
+    )]
     pub control_name: String,
 
     /// File with this node's token, sent with every call.
@@ -100,9 +108,14 @@ pub enum LogFormat {
 fn duration(text: &str) -> Result<Duration, String> {
     let digits = text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len());
     let (number, unit) = text.split_at(digits);
-    let number: u64 = number.parse().map_err(|_| format!("{text:?} does not start with a whole number"))?;
+    let number: u64 = number
+        .parse()
+        .map_err(|_| format!("{text:?} does not start with a whole number"))?;
     let seconds = |factor: u64| {
-        number.checked_mul(factor).map(Duration::from_secs).ok_or_else(|| format!("{text:?} is too long"))
+        number
+            .checked_mul(factor)
+            .map(Duration::from_secs)
+            .ok_or_else(|| format!("{text:?} is too long"))
     };
     match unit {
         "ms" => Ok(Duration::from_millis(number)),
@@ -122,7 +135,15 @@ mod tests {
         assert_eq!(duration("500ms"), Ok(Duration::from_millis(500)));
         assert_eq!(duration("30s"), Ok(Duration::from_secs(30)));
         assert_eq!(duration("1h"), Ok(Duration::from_secs(3600)));
-        for bad in ["", "30", "s", "-1s", "1d", "99999999999999999999s", "9999999999999999999h"] {
+        for bad in [
+            "",
+            "30",
+            "s",
+            "-1s",
+            "1d",
+            "99999999999999999999s",
+            "9999999999999999999h",
+        ] {
             assert!(duration(bad).is_err(), "{bad:?}");
         }
     }

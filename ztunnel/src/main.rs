@@ -1,1 +1,154 @@
-fn main() {}
+//! `ztunnel`: the L4 proxy of a node.
+//!
+//! ```text
+//! agent ─sockets─▶ node_protocol ─▶ pods ─┬▶ outbound: capture → route → tunnel ──▶ peer
+//! control ─xds, ca─▶ snapshot, SVIDs ─────┤
+//!                                         ├▶ inbound: accept → admit → deliver ──▶ app
+//!                                         └▶ passthrough, recheck
+//! ```
+//! Invariant: no privilege, no namespace, no Kubernetes API. What it may not know, it refuses.
+
+#![forbid(unsafe_code)]
+
+mod accept;
+mod admin;
+mod config;
+mod connections;
+mod context;
+mod inbound;
+mod metrics;
+mod node_protocol;
+mod outbound;
+mod passthrough;
+mod pods;
+mod privilege;
+mod recheck;
+mod sockets;
+mod workers;
+
+use anyhow::Context as _;
+use clap::Parser;
+use config::{Config, Discovery, LogFormat};
+use context::{Context, Limits};
+use culvert_io::{control::Control, identity::Identities, xds};
+use std::{collections::HashMap, sync::Arc, time::Duration};
+use tokio::{
+    signal::unix::{SignalKind, signal},
+    sync::watch,
+};
+
+fn main() -> anyhow::Result<()> {
+    let config = Config::parse();
+    privilege::give_up()?;
+    log(&config)?;
+    anyhow::ensure!(
+        config.admin.ip().is_loopback(),
+        "--admin {} is not a loopback address",
+        config.admin
+    );
+    let workers = workers::Workers::start(config.workers).context("cannot start workers")?;
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()?;
+    runtime.block_on(run(config, workers))
+}
+
+fn log(config: &Config) -> anyhow::Result<()> {
+    let filter = tracing_subscriber::EnvFilter::try_new(&config.log)
+        .with_context(|| format!("--log {:?} is not a filter", config.log))?;
+    let builder = tracing_subscriber::fmt().with_env_filter(filter).with_ansi(false);
+    match config.log_format {
+        LogFormat::Text => builder.init(),
+        LogFormat::Json => builder.json().flatten_event(true).init(),
+    }
+    Ok(())
+}
+
+async fn run(config: Config, workers: workers::Workers) -> anyhow::Result<()> {
+    let control = Control {
+        address: config.control.clone(),
+        bundle: config.control_ca.clone(),
+        name: config.control_name.clone(),
+        token: config.token.clone(),
+    };
+    let mode = match config.discovery {
+        Discovery::OnDemand => xds::Mode::OnDemand,
+        Discovery::Wildcard => xds::Mode::Wildcard,
+    };
+    let settings = xds::Settings {
+        control: control.clone(),
+        node: config.node.clone(),
+        mode,
+    };
+    let (discovery, client) = xds::start(settings)?;
+    let (sender, outgoing, declarations) = node_protocol::requests();
+    let context = Arc::new(Context {
+        discovery,
+        identities: Identities::new(&control)?,
+        pods: pods::Pods::default(),
+        metrics: metrics::Metrics::new()?,
+        declarations,
+        limits: Limits {
+            connections: config.max_connections,
+            pending: config.max_pending,
+        },
+        drain: watch::Sender::new(false),
+    });
+    for (address, pages) in [
+        (config.admin, admin::Pages::Admin),
+        (config.metrics, admin::Pages::Metrics),
+        (config.readiness, admin::Pages::Readiness),
+    ] {
+        let listener = admin::bind(address)
+            .await
+            .with_context(|| format!("cannot listen on {address}"))?;
+        tokio::spawn(admin::serve(listener, pages, context.clone()));
+    }
+    let node = node_protocol::Node {
+        path: config.agent_socket.clone(),
+        context: context.clone(),
+        workers,
+        outgoing,
+        sender,
+        held: HashMap::new(),
+    };
+    tokio::spawn(client);
+    tokio::spawn(node.run());
+    tokio::spawn(recheck::run(context.clone()));
+    let mut terminate = signal(SignalKind::terminate())?;
+    tokio::select! {
+        _ = terminate.recv() => {
+            context.drain.send_replace(true);
+        }
+        () = context.draining() => {}
+    }
+    drain(&context, config.drain_time).await;
+    Ok(())
+}
+
+/// Lets open connections end by themselves, for a while.
+async fn drain(context: &Context, patience: Duration) {
+    let open = || {
+        context
+            .pods
+            .all()
+            .iter()
+            .map(|pod| pod.connections.count())
+            .sum::<usize>()
+    };
+    tracing::info!(open = open(), ?patience, "draining");
+    let emptied = async {
+        while open() > 0 {
+            tokio::time::sleep(Duration::from_millis(100)).await;
+        }
+    };
+    if tokio::time::timeout(patience, emptied).await.is_err() {
+        tracing::warn!(open = open(), "drain time is over; resetting what is open");
+        context
+            .pods
+            .all()
+            .iter()
+            .for_each(|pod| pod.connections.cut_all());
+        tokio::time::sleep(Duration::from_millis(200)).await;
+    }
+}

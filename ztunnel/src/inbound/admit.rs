@@ -78,9 +78,7 @@ impl Refusal {
     pub fn status(&self) -> StatusCode {
         match self {
             Self::NotThisPod(_) => StatusCode::BAD_REQUEST,
-            Self::UnknownPod | Self::NotItsService(_) | Self::OwnPort(_) => {
-                StatusCode::SERVICE_UNAVAILABLE
-            }
+            Self::UnknownPod | Self::NotItsService(_) | Self::OwnPort(_) => StatusCode::SERVICE_UNAVAILABLE,
             Self::NotFromWaypoint | Self::Denied(_) => StatusCode::UNAUTHORIZED,
         }
     }
@@ -146,29 +144,26 @@ pub fn admit(snapshot: &Snapshot, arrival: &Arrival<'_>) -> Result<Permit, Refus
 
 /// The namespace and account of the peer: of the workload at its address, if that workload has the
 /// identity that the peer proved.
-fn place_of<'s>(
-    snapshot: &'s Snapshot,
-    workload: &Workload,
-    arrival: &Arrival<'_>,
-) -> PeerPlace<'s> {
-    let Some(identity) = arrival.identity else { return PeerPlace::Outside };
-    let address = NetworkAddress { network: workload.network.clone(), ip: arrival.peer_ip };
+fn place_of<'s>(snapshot: &'s Snapshot, workload: &Workload, arrival: &Arrival<'_>) -> PeerPlace<'s> {
+    let Some(identity) = arrival.identity else {
+        return PeerPlace::Outside;
+    };
+    let address = NetworkAddress {
+        network: workload.network.clone(),
+        ip: arrival.peer_ip,
+    };
     match snapshot.workload_at(&address) {
-        Some(peer) if peer.identity == *identity => {
-            PeerPlace::Known { namespace: &peer.namespace, service_account: &peer.service_account }
-        }
+        Some(peer) if peer.identity == *identity => PeerPlace::Known {
+            namespace: &peer.namespace,
+            service_account: &peer.service_account,
+        },
         _ => PeerPlace::Unknown,
     }
 }
 
 /// The service that a host-name authority means, which must be one of the pod's own, and the pod's port
 /// behind it.
-fn own_service(
-    snapshot: &Snapshot,
-    workload: &Workload,
-    name: &str,
-    port: u16,
-) -> Option<(ServiceKey, u16)> {
+fn own_service(snapshot: &Snapshot, workload: &Workload, name: &str, port: u16) -> Option<(ServiceKey, u16)> {
     workload
         .services
         .iter()

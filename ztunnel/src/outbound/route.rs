@@ -103,22 +103,20 @@ impl Refusal {
 pub type Choose<'c> = &'c mut dyn FnMut(&Service, &[Arc<Workload>]) -> Option<usize>;
 
 /// Decides where a connection of `source` to `destination` goes.
-pub fn route(
-    snapshot: &Snapshot,
-    source: &Workload,
-    destination: SocketAddr,
-    choose: Choose<'_>,
-) -> Route {
-    let Some(config) = snapshot.config() else { return Route::Refuse(Refusal::NoConfig) };
+pub fn route(snapshot: &Snapshot, source: &Workload, destination: SocketAddr, choose: Choose<'_>) -> Route {
+    let Some(config) = snapshot.config() else {
+        return Route::Refuse(Refusal::NoConfig);
+    };
     if destination.ip().is_loopback() && OWN_PORTS.contains(&destination.port()) {
         return Route::Refuse(Refusal::OwnPort(destination.port()));
     }
-    let address = NetworkAddress { network: config.network.clone(), ip: destination.ip() };
+    let address = NetworkAddress {
+        network: config.network.clone(),
+        ip: destination.ip(),
+    };
     let routed = match snapshot.lookup(&address, &source.namespace) {
         Lookup::Workload(endpoint) => to_workload(snapshot, endpoint, destination),
-        Lookup::Service(service) => {
-            to_service(snapshot, config, service, destination, choose)
-        }
+        Lookup::Service(service) => to_service(snapshot, config, service, destination, choose),
         Lookup::Unknown => to_stranger(config, destination),
         Lookup::Unanswered => Route::Ask(address),
     };
@@ -154,7 +152,10 @@ fn to_service(
 ) -> Route {
     if !service.has_port(destination.port()) {
         let service = service.key.to_string();
-        return Route::Refuse(Refusal::NoSuchPort { service, port: destination.port() });
+        return Route::Refuse(Refusal::NoSuchPort {
+            service,
+            port: destination.port(),
+        });
     }
     if service.waypoint.is_some() {
         return Route::Refuse(Refusal::NoWaypoint(service.key.to_string()));
@@ -174,7 +175,10 @@ fn to_service(
     let chosen = choose(service, &usable).and_then(|index| usable.get(index));
     let target = chosen.and_then(|endpoint| {
         let port = endpoint.target_port(service, destination.port())?;
-        Some((endpoint, SocketAddr::new(address_of(endpoint, service, destination.ip())?, port)))
+        Some((
+            endpoint,
+            SocketAddr::new(address_of(endpoint, service, destination.ip())?, port),
+        ))
     });
     match target {
         Some((endpoint, target)) => to_endpoint(endpoint, Some(service), target),
@@ -185,11 +189,7 @@ fn to_service(
 /// Endpoints that serve the port and have an address of a family the service answers with: the ready
 /// ones; without any, those being deleted if the service says so; all of them if it publishes unready
 /// addresses.
-fn usable_endpoints(
-    snapshot: &Snapshot,
-    service: &Service,
-    destination: SocketAddr,
-) -> Vec<Arc<Workload>> {
+fn usable_endpoints(snapshot: &Snapshot, service: &Service, destination: SocketAddr) -> Vec<Arc<Workload>> {
     let serving = |wanted: Option<Health>| {
         snapshot
             .endpoints(&service.key)
@@ -212,15 +212,19 @@ fn usable_endpoints(
 
 /// The endpoint's address, of the family that was asked for where it has one.
 fn address_of(endpoint: &Workload, service: &Service, asked: IpAddr) -> Option<IpAddr> {
-    let admitted = || endpoint.addresses.iter().copied().filter(|ip| service.families.admits(*ip));
-    admitted().find(|ip| ip.is_ipv4() == asked.is_ipv4()).or_else(|| admitted().next())
+    let admitted = || {
+        endpoint
+            .addresses
+            .iter()
+            .copied()
+            .filter(|ip| service.families.admits(*ip))
+    };
+    admitted()
+        .find(|ip| ip.is_ipv4() == asked.is_ipv4())
+        .or_else(|| admitted().next())
 }
 
-fn to_endpoint(
-    endpoint: &Arc<Workload>,
-    service: Option<&Arc<Service>>,
-    target: SocketAddr,
-) -> Route {
+fn to_endpoint(endpoint: &Arc<Workload>, service: Option<&Arc<Service>>, target: SocketAddr) -> Route {
     match endpoint.protocol {
         Protocol::Hbone => {
             let alternates = service.map(|s| s.subject_alt_names.iter()).unwrap_or_default();
@@ -229,7 +233,10 @@ fn to_endpoint(
                 service: service.cloned(),
                 peer: SocketAddr::new(target.ip(), HBONE_PORT),
                 target,
-                expected: std::iter::once(&endpoint.identity).chain(alternates).cloned().collect(),
+                expected: std::iter::once(&endpoint.identity)
+                    .chain(alternates)
+                    .cloned()
+                    .collect(),
                 would_deny: None,
             })
         }
@@ -267,8 +274,14 @@ fn with_source_rules(snapshot: &Snapshot, source: &Workload, routed: Route) -> R
         Route::Refuse(_) | Route::Ask(_) => return routed,
     };
     match judge_outbound(snapshot, source, endpoint.map(AsRef::as_ref), address) {
-        Judgement { verdict: Verdict::Deny(denial), .. } => Route::Refuse(Refusal::Denied(denial)),
-        Judgement { verdict: Verdict::Allow(_), would_deny } => match routed {
+        Judgement {
+            verdict: Verdict::Deny(denial),
+            ..
+        } => Route::Refuse(Refusal::Denied(denial)),
+        Judgement {
+            verdict: Verdict::Allow(_),
+            would_deny,
+        } => match routed {
             Route::Tunnel(hop) => Route::Tunnel(Hop { would_deny, ..hop }),
             Route::Direct(direct) => Route::Direct(Passthrough { would_deny, ..direct }),
             refused => refused,
@@ -305,7 +318,10 @@ pub fn judge_outbound(
         destination_ip: address.ip(),
         destination_port: address.port(),
     };
-    match snapshot.outbound.in_force(&source.namespace, &source.outbound_policies) {
+    match snapshot
+        .outbound
+        .in_force(&source.namespace, &source.outbound_policies)
+    {
         Ok(policies) => judge(policies, &connection),
         Err(missing) => Judgement {
             verdict: Verdict::Deny(Denial::Missing(missing.clone())),

@@ -183,6 +183,11 @@ impl Tunnel {
         self.shared.closed.load(Ordering::Relaxed)
     }
 
+    /// Whether two handles are of one tunnel.
+    pub fn is(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.shared, &other.shared)
+    }
+
     /// Streams open now.
     pub fn streams(&self) -> usize {
         self.shared.streams.load(Ordering::Relaxed)

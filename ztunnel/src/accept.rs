@@ -1,0 +1,73 @@
+//! Accepting on a listener that the agent keeps.
+//!
+//! Invariant: the loop ends only with its pod or with draining. An error of `accept` pauses it; leaving it
+//! would cut what is open, and spinning would starve what is open.
+
+use crate::{context::Context, pods::Pod};
+use std::{io, net::SocketAddr, sync::Arc, time::Duration};
+use tokio::net::{TcpListener, TcpStream};
+
+/// After an error such as EMFILE, which passes.
+const PAUSE: Duration = Duration::from_millis(50);
+
+/// Accepts until the pod leaves or draining begins, and hands each connection to `serve`.
+pub async fn accept_loop<F>(
+    listener: TcpListener,
+    pod: Arc<Pod>,
+    context: Arc<Context>,
+    serve: fn(Accepted, Arc<Pod>, Arc<Context>) -> F,
+) where
+    F: Future<Output = ()> + Send + 'static,
+{
+    loop {
+        tokio::select! {
+            biased;
+            () = pod.left() => return,
+            () = context.draining() => return,
+            accepted = listener.accept() => match accepted.and_then(Accepted::new) {
+                Ok(accepted) => {
+                    tokio::spawn(Box::pin(serve(accepted, pod.clone(), context.clone())));
+                }
+                Err(error) => {
+                    tracing::warn!(pod = %pod.name, %error, "accept failed; pausing");
+                    tokio::time::sleep(PAUSE).await;
+                }
+            },
+        }
+    }
+}
+
+/// An accepted connection, its addresses in their own family.
+pub struct Accepted {
+    pub socket: TcpStream,
+    pub peer: SocketAddr,
+    pub local: SocketAddr,
+}
+
+impl Accepted {
+    fn new((socket, peer): (TcpStream, SocketAddr)) -> io::Result<Self> {
+        socket.set_nodelay(true)?;
+        let local = canonical(socket.local_addr()?);
+        Ok(Self {
+            socket,
+            peer: canonical(peer),
+            local,
+        })
+    }
+
+    /// Where a redirected connection was going; none if it was not redirected.
+    pub fn original_destination(&self) -> Option<SocketAddr> {
+        let socket = socket2::SockRef::from(&self.socket);
+        let original = match self.local {
+            SocketAddr::V4(_) => socket.original_dst_v4(),
+            SocketAddr::V6(_) => socket.original_dst_v6(),
+        };
+        let original = canonical(original.ok()?.as_socket()?);
+        (original != self.local).then_some(original)
+    }
+}
+
+/// An IPv4 address that a dual-stack socket shows as IPv6 becomes itself again.
+fn canonical(address: SocketAddr) -> SocketAddr {
+    SocketAddr::new(address.ip().to_canonical(), address.port())
+}

@@ -1,0 +1,313 @@
+//! A pod's tunnels to its peers.
+//!
+//! ```text
+//! Hop ──key──▶ tunnel with room, or one dial for all who wait ──▶ CONNECT ──▶ Stream
+//! ```
+//! Invariant: a tunnel is used only under the key it was dialled for: this pod and its identity, the
+//! destination workload, the identities expected of it, its address, and the trust of that moment
+//! (settled D13). After either leaf has ended it takes no new stream (settled D14).
+
+use super::route::Hop;
+use crate::{
+    context::{CONNECT_DEADLINE, Context, IDENTITY_PATIENCE},
+    pods::Pod,
+};
+use culvert_core::{
+    hbone::Connect,
+    ids::{SpiffeId, WorkloadUid},
+    snapshot::Snapshot,
+};
+use culvert_io::{
+    hbone::{DialError, MAX_STREAMS, OpenError, Stream, Tunnel, dial},
+    identity::Credential,
+    tls::{Expected, VerifyError, client_config},
+};
+use parking_lot::Mutex;
+use std::{
+    collections::HashMap,
+    io,
+    net::SocketAddr,
+    sync::Arc,
+    time::{Duration, Instant, SystemTime},
+};
+
+/// Streams a tunnel carries before another is dialled beside it.
+const STRIPE_AT: usize = MAX_STREAMS as usize / 2;
+
+/// A tunnel without streams is closed after this.
+const IDLE: Duration = Duration::from_secs(300);
+
+/// How long a failed dial answers for those who come right after it.
+const FAILURE_LASTS: Duration = Duration::from_millis(100);
+
+/// What makes two connections share a tunnel (settled D13); the pod is the map's owner.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+struct Key {
+    source: SpiffeId,
+    endpoint: WorkloadUid,
+    expected: Box<[SpiffeId]>,
+    peer: SocketAddr,
+    trust: u64,
+}
+
+/// The tunnels of one pod.
+#[derive(Default)]
+pub struct Tunnels {
+    slots: Mutex<HashMap<Key, Arc<Slot>>>,
+}
+
+#[derive(Default)]
+struct Slot {
+    /// Held while dialling, so that one dial serves all who wait.
+    pool: tokio::sync::Mutex<Pool>,
+    /// What others may look at without waiting for a dial.
+    seen: Mutex<Vec<Tunnel>>,
+}
+
+#[derive(Default)]
+struct Pool {
+    tunnels: Vec<Pooled>,
+    failed: Option<(Instant, Arc<TunnelError>)>,
+}
+
+struct Pooled {
+    tunnel: Tunnel,
+    own_not_after: SystemTime,
+    used: Instant,
+}
+
+/// Why no stream came up.
+#[derive(Debug, thiserror::Error)]
+pub enum TunnelError {
+    #[error("this pod has no valid SVID")]
+    Identity,
+    #[error("the agent gave no socket in time")]
+    NoSocket,
+    #[error("no connection to {peer} within {} s; does a NetworkPolicy or firewall block port 15008?", CONNECT_DEADLINE.as_secs())]
+    Timeout { peer: SocketAddr },
+    #[error("connecting to {peer}: {source}")]
+    Connect { peer: SocketAddr, source: io::Error },
+    #[error("TLS configuration: {0}")]
+    Config(#[from] rustls::Error),
+    #[error(transparent)]
+    Dial(#[from] DialError),
+    #[error(transparent)]
+    Open(#[from] OpenError),
+    #[error("{0}")]
+    Shared(Arc<TunnelError>),
+}
+
+impl TunnelError {
+    /// Whether another endpoint may take the connection: nothing of it has reached an application.
+    pub fn elsewhere(&self) -> bool {
+        match self {
+            Self::Identity | Self::NoSocket | Self::Config(_) => false,
+            Self::Timeout { .. } | Self::Connect { .. } | Self::Dial(_) => true,
+            Self::Open(OpenError::Refused(status)) => *status == http::StatusCode::SERVICE_UNAVAILABLE,
+            Self::Open(OpenError::Closing(_)) => true,
+            Self::Open(OpenError::Failed(_) | OpenError::Request(_)) => false,
+            Self::Shared(error) => error.elsewhere(),
+        }
+    }
+
+    /// The metrics' word for it.
+    pub fn reason(&self) -> &'static str {
+        match self {
+            Self::Identity => "identity",
+            Self::NoSocket => "no_socket",
+            Self::Timeout { .. } => "timeout",
+            Self::Connect { .. } => "connect",
+            Self::Config(_) => "config",
+            Self::Dial(error) => error.verdict().map_or("handshake", VerifyError::reason),
+            Self::Open(OpenError::Refused(_)) => "refused_by_peer",
+            Self::Open(_) => "tunnel",
+            Self::Shared(error) => error.reason(),
+        }
+    }
+}
+
+impl Tunnels {
+    /// Opens a stream to `hop`, over a tunnel in hand or a new one.
+    pub async fn open(
+        &self,
+        pod: &Pod,
+        context: &Arc<Context>,
+        hop: &Hop,
+        connect: &Connect,
+    ) -> Result<Stream, TunnelError> {
+        let credential = pod
+            .lease
+            .wait(IDENTITY_PATIENCE)
+            .await
+            .ok_or(TunnelError::Identity)?;
+        let key = Key {
+            source: pod.identity().clone(),
+            endpoint: hop.endpoint.uid.clone(),
+            expected: hop.expected.clone(),
+            peer: hop.peer,
+            trust: credential.bundles.generation,
+        };
+        let slot = self.slots.lock().entry(key).or_default().clone();
+        // A tunnel may close between being chosen and being used; nothing was sent then.
+        for _ in 0..3 {
+            let tunnel = slot.tunnel(pod, context, hop, &credential).await?;
+            match tunnel.open(connect).await {
+                Err(OpenError::Closing(_)) => slot.forget(&tunnel).await,
+                opened => return Ok(opened?),
+            }
+        }
+        let tunnel = slot.tunnel(pod, context, hop, &credential).await?;
+        Ok(tunnel.open(connect).await?)
+    }
+
+    /// Streams open now to one endpoint.
+    pub fn load(&self, endpoint: &WorkloadUid) -> usize {
+        let slots = self.slots.lock();
+        slots
+            .iter()
+            .filter(|(key, _)| key.endpoint == *endpoint)
+            .flat_map(|(_, slot)| slot.seen.lock().iter().map(Tunnel::streams).collect::<Vec<_>>())
+            .sum()
+    }
+
+    /// Closes idle tunnels and those to workloads that have gone.
+    pub fn sweep(&self, snapshot: &Snapshot) {
+        self.slots.lock().retain(|key, slot| {
+            let known = snapshot
+                .workload(&key.endpoint)
+                .is_some_and(|w| key.expected.contains(&w.identity));
+            // A slot that is dialling is in use.
+            let Ok(mut pool) = slot.pool.try_lock() else {
+                return true;
+            };
+            let now = Instant::now();
+            pool.tunnels.retain_mut(|pooled| {
+                if pooled.tunnel.streams() > 0 {
+                    pooled.used = now;
+                }
+                known && !pooled.tunnel.is_closed() && now.duration_since(pooled.used) < IDLE
+            });
+            *slot.seen.lock() = pool.tunnels.iter().map(|pooled| pooled.tunnel.clone()).collect();
+            !pool.tunnels.is_empty()
+        });
+    }
+
+    pub fn count(&self) -> usize {
+        self.slots
+            .lock()
+            .values()
+            .map(|slot| slot.seen.lock().len())
+            .sum()
+    }
+
+    /// Closes all: their streams end, then they do.
+    pub fn close(&self) {
+        self.slots.lock().clear();
+    }
+}
+
+impl Slot {
+    async fn tunnel(
+        &self,
+        pod: &Pod,
+        context: &Arc<Context>,
+        hop: &Hop,
+        credential: &Credential,
+    ) -> Result<Tunnel, TunnelError> {
+        let asked = Instant::now();
+        let mut pool = self.pool.lock().await;
+        if let Some((at, error)) = &pool.failed
+            && (*at > asked || at.elapsed() < FAILURE_LASTS)
+        {
+            return Err(TunnelError::Shared(error.clone()));
+        }
+        let now = SystemTime::now();
+        let usable = |pooled: &&mut Pooled| {
+            !pooled.tunnel.is_closed()
+                && pooled.own_not_after > now
+                && pooled.tunnel.peer_not_after() > now
+                && pooled.tunnel.streams() < STRIPE_AT
+        };
+        if let Some(pooled) = pool
+            .tunnels
+            .iter_mut()
+            .filter(usable)
+            .min_by_key(|pooled| pooled.tunnel.streams())
+        {
+            pooled.used = Instant::now();
+            return Ok(pooled.tunnel.clone());
+        }
+        match dial_peer(pod, context, hop, credential).await {
+            Ok(tunnel) => {
+                pool.failed = None;
+                pool.tunnels.retain(|pooled| !pooled.tunnel.is_closed());
+                let own_not_after = credential.svid.not_after();
+                pool.tunnels.push(Pooled {
+                    tunnel: tunnel.clone(),
+                    own_not_after,
+                    used: Instant::now(),
+                });
+                *self.seen.lock() = pool.tunnels.iter().map(|pooled| pooled.tunnel.clone()).collect();
+                Ok(tunnel)
+            }
+            Err(error) => {
+                let error = Arc::new(error);
+                pool.failed = Some((Instant::now(), error.clone()));
+                Err(TunnelError::Shared(error))
+            }
+        }
+    }
+
+    async fn forget(&self, gone: &Tunnel) {
+        let mut pool = self.pool.lock().await;
+        pool.tunnels
+            .retain(|pooled| !pooled.tunnel.is_closed() && !pooled.tunnel.is(gone));
+        *self.seen.lock() = pool.tunnels.iter().map(|pooled| pooled.tunnel.clone()).collect();
+    }
+}
+
+async fn dial_peer(
+    pod: &Pod,
+    context: &Arc<Context>,
+    hop: &Hop,
+    credential: &Credential,
+) -> Result<Tunnel, TunnelError> {
+    let started = Instant::now();
+    let dialled = async {
+        let _pending = pod.pending.acquire().await.map_err(|_| TunnelError::NoSocket)?;
+        let config = client_config(
+            &credential.svid,
+            &credential.bundles,
+            Expected::OneOf(hop.expected.clone()),
+        )?;
+        let socket = pod
+            .sockets
+            .tcp(hop.peer.is_ipv6())
+            .await
+            .ok_or(TunnelError::NoSocket)?;
+        let socket = tokio::time::timeout(CONNECT_DEADLINE, socket.connect(hop.peer))
+            .await
+            .map_err(|_| TunnelError::Timeout { peer: hop.peer })?
+            .map_err(|source| TunnelError::Connect {
+                peer: hop.peer,
+                source,
+            })?;
+        Ok::<_, TunnelError>(dial(socket, config).await?)
+    }
+    .await;
+    let outcome = dialled.as_ref().map_or_else(TunnelError::reason, |_| "up");
+    context
+        .metrics
+        .tunnels
+        .with_label_values(&["outbound", outcome])
+        .inc();
+    let (tunnel, driver) = dialled?;
+    context
+        .metrics
+        .handshake_seconds
+        .with_label_values(&["outbound"])
+        .observe(started.elapsed().as_secs_f64());
+    tracing::debug!(pod = %pod.name, peer = %hop.peer, identity = %tunnel.peer(), "tunnel up");
+    tokio::spawn(driver);
+    Ok(tunnel)
+}

@@ -1,0 +1,132 @@
+//! The pods that this node's agent has handed over, and what each of them holds here.
+//!
+//! Invariant: everything of a pod (sockets, tunnels, connections, its SVID's lease) hangs on its [`Pod`],
+//! so that nothing of it is left when the pod has gone.
+
+use crate::{connections::Connections, context::Limits, outbound::tunnel::Tunnels, sockets::Sockets};
+use culvert_core::{
+    ids::{PodUid, SpiffeId, WorkloadUid},
+    mesh::Workload,
+    snapshot::Snapshot,
+};
+use culvert_io::{identity::Lease, xds::Discovery};
+use parking_lot::RwLock;
+use std::{collections::HashMap, net::IpAddr, sync::Arc, time::Duration};
+use tokio::sync::{Semaphore, watch};
+
+/// One enrolled pod of this node.
+pub struct Pod {
+    pub uid: PodUid,
+    pub namespace: String,
+    pub name: String,
+    pub workload_uid: WorkloadUid,
+    pub addresses: Vec<IpAddr>,
+    pub netns_cookie: u64,
+    pub lease: Lease,
+    pub sockets: Sockets,
+    pub tunnels: Tunnels,
+    pub connections: Connections,
+    /// Dials and handshakes in flight; none of a pod's may take all of the node's.
+    pub pending: Semaphore,
+    gone: watch::Sender<bool>,
+}
+
+/// What the agent says of a pod.
+pub struct Introduction {
+    pub uid: PodUid,
+    pub namespace: String,
+    pub name: String,
+    pub workload_uid: WorkloadUid,
+    pub addresses: Vec<IpAddr>,
+    pub netns_cookie: u64,
+}
+
+/// How long a pod may be unknown to discovery before its connections are refused.
+const KNOWN_WITHIN: Duration = Duration::from_secs(5);
+
+impl Pod {
+    pub fn new(introduction: Introduction, lease: Lease, sockets: Sockets, limits: Limits) -> Self {
+        let Introduction {
+            uid,
+            namespace,
+            name,
+            workload_uid,
+            addresses,
+            netns_cookie,
+        } = introduction;
+        Self {
+            uid,
+            namespace,
+            name,
+            workload_uid,
+            addresses,
+            netns_cookie,
+            lease,
+            sockets,
+            tunnels: Tunnels::default(),
+            connections: Connections::new(limits.connections),
+            pending: Semaphore::new(limits.pending),
+            gone: watch::Sender::new(false),
+        }
+    }
+
+    pub fn identity(&self) -> &SpiffeId {
+        self.lease.id()
+    }
+
+    /// This pod as discovery knows it; waits for it for a while after the pod has arrived.
+    pub async fn workload(&self, discovery: &Discovery) -> Option<(Arc<Snapshot>, Arc<Workload>)> {
+        let find = || {
+            let snapshot = discovery.snapshot();
+            let workload = snapshot.workload(&self.workload_uid).cloned()?;
+            Some((snapshot, workload))
+        };
+        if let Some(found) = find() {
+            return Some(found);
+        }
+        let mut generations = discovery.generations();
+        let arrives = async {
+            loop {
+                if let Some(found) = find() {
+                    return Some(found);
+                }
+                generations.changed().await.ok()?;
+            }
+        };
+        tokio::time::timeout(KNOWN_WITHIN, arrives).await.ok().flatten()
+    }
+
+    /// Ends everything of the pod: listeners close, connections are reset.
+    pub fn leave(&self) {
+        self.gone.send_replace(true);
+        self.tunnels.close();
+        self.connections.cut_all();
+    }
+
+    /// Returns once the pod has gone.
+    pub async fn left(&self) {
+        let _ = self.gone.subscribe().wait_for(|gone| *gone).await;
+    }
+}
+
+/// All pods of this node.
+#[derive(Default)]
+pub struct Pods(RwLock<HashMap<PodUid, Arc<Pod>>>);
+
+impl Pods {
+    pub fn insert(&self, pod: Arc<Pod>) -> Option<Arc<Pod>> {
+        self.0.write().insert(pod.uid.clone(), pod)
+    }
+
+    pub fn remove(&self, uid: &PodUid) -> Option<Arc<Pod>> {
+        self.0.write().remove(uid)
+    }
+
+    pub fn get(&self, uid: &PodUid) -> Option<Arc<Pod>> {
+        self.0.read().get(uid).cloned()
+    }
+
+    pub fn all(&self) -> Vec<Arc<Pod>> {
+        self.0.read().values().cloned().collect()
+    }
+}

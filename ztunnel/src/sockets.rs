@@ -1,0 +1,123 @@
+//! Outbound sockets, ready-made by the agent in the pod's namespace.
+//!
+//! ```text
+//! agent ──batches──▶ Sockets ──take──▶ connect
+//!          ◀──WantSockets, when few are left──┘
+//! ```
+//! Invariant: ztunnel makes no socket for a pod's traffic; without one from the agent nothing is dialled.
+
+use culvert_core::ids::PodUid;
+use culvert_proto::agent::{FromZtunnel, SocketKind, WantSockets, from_ztunnel::Message};
+use parking_lot::Mutex;
+use std::{collections::VecDeque, os::fd::OwnedFd, time::Duration};
+use tokio::{
+    net::{TcpSocket, UdpSocket},
+    sync::{Notify, mpsc},
+};
+
+/// Sockets asked for at once.
+const BATCH: u32 = 64;
+/// More are asked for when so few are left.
+const LOW: usize = 24;
+/// How long a connection waits for a socket.
+const PATIENCE: Duration = Duration::from_secs(5);
+
+/// A pod's stock of sockets.
+pub struct Sockets {
+    uid: PodUid,
+    requests: mpsc::UnboundedSender<FromZtunnel>,
+    shelves: [Shelf; 4],
+}
+
+#[derive(Default)]
+struct Shelf {
+    state: Mutex<Stock>,
+    arrived: Notify,
+}
+
+#[derive(Default)]
+struct Stock {
+    sockets: VecDeque<OwnedFd>,
+    asked: u32,
+}
+
+fn index(kind: SocketKind, v6: bool) -> usize {
+    usize::from(kind == SocketKind::Udp) * 2 + usize::from(v6)
+}
+
+impl Sockets {
+    pub fn new(uid: PodUid, requests: mpsc::UnboundedSender<FromZtunnel>) -> Self {
+        Self {
+            uid,
+            requests,
+            shelves: Default::default(),
+        }
+    }
+
+    /// Puts a batch from the agent on its shelf.
+    pub fn stock(&self, kind: SocketKind, v6: bool, sockets: Vec<OwnedFd>) {
+        let shelf = &self.shelves[index(kind, v6)];
+        let mut state = shelf.state.lock();
+        state.asked = state
+            .asked
+            .saturating_sub(u32::try_from(sockets.len()).unwrap_or(u32::MAX));
+        state.sockets.extend(sockets);
+        drop(state);
+        shelf.arrived.notify_waiters();
+    }
+
+    /// The agent has restarted: what was asked for will not come.
+    pub fn forget_requests(&self) {
+        for shelf in &self.shelves {
+            shelf.state.lock().asked = 0;
+            shelf.arrived.notify_waiters();
+        }
+    }
+
+    async fn take(&self, kind: SocketKind, v6: bool) -> Option<OwnedFd> {
+        let shelf = &self.shelves[index(kind, v6)];
+        let taken = async {
+            loop {
+                let arrived = shelf.arrived.notified();
+                let (socket, ask) = {
+                    let mut state = shelf.state.lock();
+                    let socket = state.sockets.pop_front();
+                    let ask = state.sockets.len() < LOW && state.asked == 0;
+                    if ask {
+                        state.asked = BATCH;
+                    }
+                    (socket, ask)
+                };
+                if ask {
+                    let want = WantSockets {
+                        uid: self.uid.to_string(),
+                        v6,
+                        count: BATCH,
+                        kind: kind.into(),
+                    };
+                    // Nobody listens while the agent is away; its return asks anew.
+                    let _ = self.requests.send(FromZtunnel {
+                        message: Some(Message::WantSockets(want)),
+                    });
+                }
+                match socket {
+                    Some(socket) => return socket,
+                    None => arrived.await,
+                }
+            }
+        };
+        tokio::time::timeout(PATIENCE, taken).await.ok()
+    }
+
+    /// A TCP socket of the pod, unbound; none if the agent gives none in time.
+    pub async fn tcp(&self, v6: bool) -> Option<TcpSocket> {
+        let socket = self.take(SocketKind::Tcp, v6).await?;
+        Some(TcpSocket::from_std_stream(std::net::TcpStream::from(socket)))
+    }
+
+    /// A UDP socket of the pod, unbound.
+    pub async fn udp(&self, v6: bool) -> Option<UdpSocket> {
+        let socket = self.take(SocketKind::Udp, v6).await?;
+        UdpSocket::from_std(std::net::UdpSocket::from(socket)).ok()
+    }
+}

@@ -1,0 +1,44 @@
+//! The threads that carry traffic.
+//!
+//! Each has a runtime of its own, so that a tunnel, its streams and their sockets wake one another on one
+//! thread. Invariant: a pod's traffic stays on the worker that it was given.
+
+use std::{
+    io,
+    sync::atomic::{AtomicUsize, Ordering},
+};
+use tokio::runtime::{Builder, Handle};
+
+/// The worker threads; they end with the process.
+pub struct Workers {
+    handles: Vec<Handle>,
+    next: AtomicUsize,
+}
+
+impl Workers {
+    /// Starts `count` workers; 0 is one per core.
+    pub fn start(count: usize) -> io::Result<Self> {
+        let cores = std::thread::available_parallelism().map_or(1, usize::from);
+        let count = if count == 0 { cores } else { count };
+        let handles = (0..count)
+            .map(|index| {
+                let runtime = Builder::new_current_thread().enable_all().build()?;
+                let handle = runtime.handle().clone();
+                std::thread::Builder::new()
+                    .name(format!("worker-{index}"))
+                    .spawn(move || runtime.block_on(std::future::pending::<()>()))?;
+                Ok(handle)
+            })
+            .collect::<io::Result<_>>()?;
+        Ok(Self {
+            handles,
+            next: AtomicUsize::new(0),
+        })
+    }
+
+    /// The worker for the next pod, in turn.
+    pub fn assign(&self) -> &Handle {
+        let index = self.next.fetch_add(1, Ordering::Relaxed) % self.handles.len();
+        &self.handles[index]
+    }
+}
