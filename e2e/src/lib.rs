@@ -3,12 +3,14 @@
 //! ```text
 //! lab            nodes, pods and hosts as network namespaces of this machine; wires, faults, captures
 //! mesh           real control, agents and ztunnels in a lab
+//! load           steady load with an account of every attempt and stream
 //! prerequisites  programs of others, found or fetched
 //! traffic        servers and clients where no program of others says enough
 //! ```
 #![forbid(unsafe_code)]
 
 pub mod lab;
+pub mod load;
 pub mod mesh;
 pub mod prerequisites;
 pub mod traffic;

@@ -10,6 +10,8 @@ use std::time::Duration;
 
 use culvert_e2e::lab::{Effect, Lab, PodSpec, poll_until};
 use culvert_e2e::traffic::{Server, send_pattern};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 
 const CANARY: &[u8] = b"canary-3f1c9a70d2";
 const WAIT: Duration = Duration::from_secs(10);
@@ -170,6 +172,13 @@ fn a_lab_with_processes_stands_until_it_is_told_to_go() {
 
 #[test]
 fn a_killed_lab_leaves_nothing_behind() {
+    // SIGINT is what Ctrl-C sends; nothing handles it.
+    for signal in [Signal::SIGKILL, Signal::SIGINT] {
+        end_a_lab_by(signal);
+    }
+}
+
+fn end_a_lab_by(signal: Signal) {
     let mut owner = Command::new(std::env::current_exe().unwrap())
         .args([
             "--exact",
@@ -214,7 +223,7 @@ fn a_killed_lab_leaves_nothing_behind() {
     })
     .unwrap();
     assert!(!inside("net", &net_ns).is_empty());
-    owner.kill().unwrap();
+    kill(Pid::from_raw(owner.id().try_into().unwrap()), signal).unwrap();
     owner.wait().unwrap();
     poll_until("nothing is left", WAIT, || {
         let left = [inside("pid", &pid_ns), inside("net", &net_ns)].concat();
@@ -345,5 +354,42 @@ fn limits_hold_a_process_and_are_gone_after_it() {
                 "{entry:?} is left"
             );
         }
+    }
+}
+
+#[test]
+fn steady_load_accounts_for_everything() {
+    use culvert_e2e::load::{Attempts, Failure, Pace, Streams, all_complete};
+    let lab = Lab::new().unwrap();
+    let node = lab.node("a").unwrap();
+    let web = node.pod(PodSpec::new("shop", "web")).unwrap();
+    let cart = node.pod(PodSpec::new("shop", "cart")).unwrap();
+    let to = SocketAddr::from((cart.addresses().v6, 80));
+    let refused = Attempts::start(&web, to, 100, WAIT).unwrap();
+    thread::sleep(Duration::from_millis(300));
+    for attempt in refused.stop().unwrap() {
+        assert_eq!(
+            attempt.outcome.unwrap_err(),
+            Failure::Connect(ErrorKind::ConnectionRefused)
+        );
+    }
+    let echo = Server::echo(cart.listen(80).unwrap()).unwrap();
+    let attempts = Attempts::start(&web, to, 200, WAIT).unwrap();
+    let streams = Streams::start(&web, to, 5, Pace::BUSY).unwrap();
+    thread::sleep(Duration::from_secs(1));
+    let done = attempts.stop().unwrap();
+    all_complete(&done).unwrap();
+    assert!(
+        (150..=250).contains(&done.len()),
+        "{} attempts in about a second",
+        done.len()
+    );
+    drop(echo);
+    thread::sleep(Duration::from_millis(200));
+    let ends = streams.stop().unwrap();
+    assert_eq!(ends.len(), 5);
+    for end in ends {
+        assert!(end.blocks >= 10, "{end:?}");
+        assert!(matches!(end.failure, Some((_, Failure::Lost(_)))), "{end:?}");
     }
 }

@@ -9,6 +9,7 @@ use std::os::fd::{AsFd, AsRawFd};
 use std::path::PathBuf;
 use std::process::{Command, Output};
 use std::sync::Arc;
+use std::thread::JoinHandle;
 use std::time::Duration;
 
 use anyhow::{Result, bail};
@@ -65,6 +66,15 @@ impl Endpoint {
     /// Runs `f` on a thread of its own inside this namespace.
     pub fn inside<T: Send>(&self, f: impl FnOnce() -> T + Send) -> io::Result<T> {
         self.ns.run(f)
+    }
+
+    /// Starts a thread that lives inside this namespace: a place for a runtime with many sockets.
+    pub fn spawn_inside<T: Send + 'static>(
+        &self,
+        name: &str,
+        f: impl FnOnce() -> Result<T> + Send + 'static,
+    ) -> io::Result<JoinHandle<Result<T>>> {
+        self.ns.spawn(name, f)
     }
 
     /// Connects from here; the socket then works on any thread.

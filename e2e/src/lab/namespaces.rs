@@ -16,7 +16,7 @@ use std::os::unix::fs::MetadataExt;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, Command, Stdio};
-use std::thread;
+use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
@@ -46,6 +46,19 @@ impl NetNs {
             setns(&self.fd, CloneFlags::CLONE_NEWNET)?;
             Ok(f())
         })?
+    }
+
+    /// Starts a thread that lives inside the namespace, and whose own threads and sockets do too.
+    pub fn spawn<T: Send + 'static>(
+        &self,
+        name: &str,
+        f: impl FnOnce() -> Result<T> + Send + 'static,
+    ) -> io::Result<JoinHandle<Result<T>>> {
+        let fd = self.fd.try_clone()?;
+        thread::Builder::new().name(name.to_owned()).spawn(move || {
+            setns(&fd, CloneFlags::CLONE_NEWNET)?;
+            f()
+        })
     }
 
     /// The inode that `/proc/PID/ns/net` of a process inside shows.

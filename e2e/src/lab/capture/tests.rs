@@ -66,7 +66,7 @@ fn a_hole_that_never_fills_is_counted() {
 
 #[test]
 fn any_bytes_are_a_packet() {
-    let mut frame = vec![0u8; 96];
+    let mut frame = [0u8; 96];
     for kind in [[0x08, 0x00], [0x86, 0xdd], [0x08, 0x06], [0x12, 0x34]] {
         frame[12..14].copy_from_slice(&kind);
         for first in 0..=255 {
