@@ -4,14 +4,15 @@
 //! Invariant: a listener is the only one on its port. None sets SO_REUSEPORT, so a process in the pod that
 //! was there first makes enrolment fail, and one that comes later gets EADDRINUSE (settled D4).
 
-use crate::netns::Netns;
+use crate::{netns::Netns, orders::octets};
 use culvert_proto::agent::{Listener, ListenerFd};
 use nix::sys::socket::{setsockopt, sockopt};
-use socket2::{Domain, Protocol, Socket, Type};
+use socket2::{Domain, Protocol, SockRef, Socket, Type};
 use std::{
     io,
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
     os::fd::OwnedFd,
+    sync::Arc,
 };
 
 pub const OUTBOUND_PORT: u16 = 15001;
@@ -26,7 +27,7 @@ const BACKLOG: i32 = 4096;
 #[derive(Debug)]
 pub struct Kept {
     pub what: ListenerFd,
-    pub socket: OwnedFd,
+    pub socket: Arc<OwnedFd>,
 }
 
 /// Why a pod's listeners could not be made.
@@ -47,6 +48,11 @@ pub fn listen(netns: &Netns, resolvers: &[IpAddr]) -> Result<Vec<Kept>, ListenEr
         .map_err(ListenError::Enter)?
 }
 
+/// How many listeners a pod has.
+pub fn count(resolvers: &[IpAddr]) -> usize {
+    3 + 2 * resolvers.len()
+}
+
 fn listen_here(resolvers: &[IpAddr]) -> Result<Vec<Kept>, ListenError> {
     let v6 = Socket::new(Domain::IPV6, Type::STREAM, None).is_ok();
     let any = if v6 {
@@ -62,7 +68,7 @@ fn listen_here(resolvers: &[IpAddr]) -> Result<Vec<Kept>, ListenError> {
     ] {
         kept.push(Kept {
             what: what(kind, v6, None),
-            socket: stream(SocketAddr::new(any, port))?,
+            socket: stream(SocketAddr::new(any, port))?.into(),
         });
     }
     for (port, resolver) in (DNS_PORT..).zip(resolvers) {
@@ -74,14 +80,86 @@ fn listen_here(resolvers: &[IpAddr]) -> Result<Vec<Kept>, ListenError> {
         let v6 = resolver.is_ipv6();
         kept.push(Kept {
             what: what(Listener::DnsTcp, v6, Some(*resolver)),
-            socket: stream(address)?,
+            socket: stream(address)?.into(),
         });
         kept.push(Kept {
             what: what(Listener::DnsUdp, v6, Some(*resolver)),
-            socket: datagram(address)?,
+            socket: datagram(address)?.into(),
         });
     }
     Ok(kept)
+}
+
+/// Why a listener that ztunnel gives back is not kept.
+#[derive(Debug, thiserror::Error)]
+pub enum AdoptError {
+    #[error("{0}")]
+    Look(#[from] io::Error),
+    #[error("it lives in another namespace")]
+    Elsewhere,
+    #[error("it does not listen")]
+    Deaf,
+    #[error("it is bound to {0:?}, which is not where this listener belongs")]
+    Address(Option<SocketAddr>),
+}
+
+/// Takes a listener back after a restart, once the kernel has shown that it is what it is said to be: the
+/// peer's word alone would let it put any socket in a pod's place.
+pub fn adopt(
+    what: ListenerFd,
+    socket: OwnedFd,
+    cookie: u64,
+    resolvers: &[IpAddr],
+) -> Result<Kept, AdoptError> {
+    if culvert_io::sys::netns_cookie(&socket)? != cookie {
+        return Err(AdoptError::Elsewhere);
+    }
+    let kept = Kept {
+        what,
+        socket: Arc::new(socket),
+    };
+    let local = SockRef::from(&kept.socket).local_addr()?.as_socket();
+    let belongs = match (kept.what.kind(), local) {
+        (_, None) => false,
+        (Listener::Outbound, Some(local)) => local.port() == OUTBOUND_PORT && local.ip().is_unspecified(),
+        (Listener::InboundPlaintext, Some(local)) => {
+            local.port() == INBOUND_PORT && local.ip().is_unspecified()
+        }
+        (Listener::InboundHbone, Some(local)) => local.port() == HBONE_PORT && local.ip().is_unspecified(),
+        (Listener::DnsTcp | Listener::DnsUdp, Some(local)) => {
+            let mut expected = (DNS_PORT..).zip(resolvers);
+            local.ip().is_loopback()
+                && expected.any(|(port, ip)| port == local.port() && octets(*ip) == kept.what.resolver)
+        }
+    };
+    if !belongs {
+        return Err(AdoptError::Address(local));
+    }
+    if !kept.works() {
+        return Err(AdoptError::Deaf);
+    }
+    Ok(kept)
+}
+
+impl Kept {
+    /// Whether the socket still does its work: a process that holds a copy can shut it down for all.
+    pub fn works(&self) -> bool {
+        let socket = SockRef::from(&self.socket);
+        match self.what.kind() {
+            Listener::DnsUdp => {
+                socket.r#type().is_ok_and(|kind| kind == Type::DGRAM)
+                    && socket
+                        .protocol()
+                        .is_ok_and(|protocol| protocol == Some(Protocol::UDP))
+            }
+            Listener::Outbound | Listener::InboundPlaintext | Listener::InboundHbone | Listener::DnsTcp => {
+                socket.is_listener().unwrap_or(false)
+                    && socket
+                        .protocol()
+                        .is_ok_and(|protocol| protocol == Some(Protocol::TCP))
+            }
+        }
+    }
 }
 
 fn what(kind: Listener, v6: bool, resolver: Option<IpAddr>) -> ListenerFd {
@@ -89,14 +167,6 @@ fn what(kind: Listener, v6: bool, resolver: Option<IpAddr>) -> ListenerFd {
         kind: kind.into(),
         v6,
         resolver: resolver.map(octets).unwrap_or_default(),
-    }
-}
-
-/// An address as the wire has it: 4 or 16 bytes.
-pub fn octets(ip: IpAddr) -> Vec<u8> {
-    match ip {
-        IpAddr::V4(ip) => ip.octets().to_vec(),
-        IpAddr::V6(ip) => ip.octets().to_vec(),
     }
 }
 

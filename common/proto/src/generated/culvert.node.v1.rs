@@ -98,6 +98,10 @@ pub struct PodOrder {
     /// The workload's uid in discovery.
     #[prost(string, tag = "10")]
     pub workload_uid: ::prost::alloc::string::String,
+    /// The pod's namespace as a whole takes no part in the mesh: while control is away, the agent lets its
+    /// new pods start; all others are held.
+    #[prost(bool, tag = "11")]
+    pub namespace_apart: bool,
 }
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct Exclusions {
