@@ -33,6 +33,11 @@ impl ConfigFolder {
         })
     }
 
+    /// Where it is, as this process sees it.
+    pub fn folder(&self) -> &std::path::Path {
+        &self.folder
+    }
+
     /// Puts every object of a YAML text (documents divided by `---`) in place, each in its file.
     pub fn apply(&self, yaml: &str) -> Result<()> {
         for document in documents(yaml) {

@@ -84,7 +84,10 @@ fn every_flow_between_nodes_is_tls_1_3_with_the_hybrid_group() {
     for (node, link) in links {
         let flows = prove(&link.stop().unwrap(), &[&shop.web, &phone, &shop.cart], control);
         let flows = flows.unwrap_or_else(|e| panic!("the link of node {}: {e:#}", node.name()));
-        let opened = node.metrics().unwrap().sum("culvert_tunnels_opened_total", &[]);
+        let opened = node
+            .metrics()
+            .unwrap()
+            .sum("culvert_tunnels_total", &[("outcome", "up")]);
         assert_eq!(
             flows as f64,
             opened,
