@@ -26,6 +26,7 @@ use anyhow::{Context, Result, ensure};
 use serde_json::Value;
 
 use crate::lab::{Addresses, Endpoint, Lab, Node, POD_RANGES, Pod, PodSpec, Process, SERVICE_RANGES, Start};
+pub use build::{Programs, programs};
 use config::{ConfigFolder, ENROL};
 use pages::{Metrics, Page};
 
@@ -93,7 +94,7 @@ pub struct Mesh {
 impl Mesh {
     /// A control plane that is ready, and no node.
     pub fn start(options: Options) -> Result<Self> {
-        build::programs()?;
+        programs()?;
         let lab = Lab::new()?;
         let control_host = lab.host("control")?;
         let resolver = lab.host("resolver")?;
@@ -229,7 +230,7 @@ impl Mesh {
     /// Starts control, or starts it again after `kill_control`.
     pub fn start_control(&self) -> Result<()> {
         let host = self.control_host.addresses();
-        let mut command = Command::new(&build::programs()?.control);
+        let mut command = Command::new(&programs()?.control);
         command.args([
             "--config-dir",
             CONFIG,
@@ -403,7 +404,7 @@ impl MeshNode {
 
     pub fn start_agent(&self) -> Result<()> {
         let inside = |below: &str| format!("{}/{below}", self.folder);
-        let mut command = Command::new(&build::programs()?.agent);
+        let mut command = Command::new(&programs()?.agent);
         command.args(["--socket-dir", &inside("socket"), "--run-dir", &inside("run")]);
         command.args([
             "--control",
@@ -450,7 +451,7 @@ impl MeshNode {
 
     fn spawn_ztunnel(&self, pages: &[&str]) -> Result<Process> {
         let inside = |below: &str| format!("{}/{below}", self.folder);
-        let mut command = Command::new(&build::programs()?.ztunnel);
+        let mut command = Command::new(&programs()?.ztunnel);
         command.args([
             "--agent-socket",
             &inside("socket/ztunnel.sock"),

@@ -1,9 +1,11 @@
 //! The mesh, end to end: real processes, real sockets, and what a user of the cluster would see.
 #![expect(clippy::unwrap_used, reason = "a test fails where it stands")]
 
+mod admission;
 mod first;
 mod processes;
 mod programs;
+mod restarts;
 mod streams;
 mod wire;
 
@@ -14,6 +16,11 @@ use culvert_e2e::mesh::{Mesh, MeshNode, Options};
 
 /// Most waits of these tests end far sooner; the bound is for a loaded machine.
 const WAIT: Duration = Duration::from_secs(20);
+
+/// Whether rows that take minutes run at their full length: set `CULVERT_E2E_LONG` for that.
+fn full_length() -> bool {
+    std::env::var_os("CULVERT_E2E_LONG").is_some()
+}
 
 /// A namespace `shop`, enrolled, with `web` on one node calling `cart` on the other.
 struct Shop {

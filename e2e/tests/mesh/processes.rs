@@ -1,6 +1,10 @@
 //! What the kernel says of the running processes.
 
 use std::fs;
+use std::process::Command;
+
+use culvert_e2e::lab::{Lab, PodSpec, Start};
+use culvert_e2e::mesh::{ZTUNNEL_UID, programs};
 
 use crate::Shop;
 
@@ -42,4 +46,43 @@ fn ztunnel_runs_without_any_privilege() {
             .unwrap();
         assert_eq!(core.split_whitespace().nth(4), Some("0"), "no core dump: {core}");
     }
+}
+
+#[test]
+fn ztunnel_refuses_to_run_with_privileges() {
+    let lab = Lab::new().unwrap();
+    let pod = lab
+        .node("a")
+        .unwrap()
+        .pod(PodSpec::new("culvert-system", "ztunnel"))
+        .unwrap();
+    let ztunnel = || {
+        let mut command = Command::new(&programs().unwrap().ztunnel);
+        command.args([
+            "--control",
+            "https://127.0.0.1:15012",
+            "--control-ca",
+            "/nowhere",
+            "--token",
+            "/nowhere",
+        ]);
+        command.args([
+            "--node",
+            "a",
+            "--state-dir",
+            "/nowhere",
+            "--agent-socket",
+            "/nowhere",
+        ]);
+        command
+    };
+    let as_root = pod.run(ztunnel()).unwrap();
+    assert!(!as_root.status.success());
+    let said = String::from_utf8_lossy(&as_root.stderr).into_owned();
+    assert!(said.contains("root") || said.contains("uid 0"), "{said}");
+    // As anybody else it goes on to what it misses next.
+    let unprivileged = pod.run(Start::from(ztunnel()).as_uid(ZTUNNEL_UID)).unwrap();
+    let said = String::from_utf8_lossy(&unprivileged.stderr).into_owned();
+    assert!(!unprivileged.status.success());
+    assert!(said.contains("/nowhere"), "{said}");
 }
