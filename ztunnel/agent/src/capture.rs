@@ -17,7 +17,7 @@ use crate::netns::{NetlinkError, Netns};
 use nlink::{
     Connection, Nftables, Route,
     netlink::{
-        nftables::{Family, Rule},
+        nftables::{Family, Rule, Transaction},
         route::{Ipv4Route, Ipv6Route},
         rule::RuleBuilder,
         types::route::{RouteScope, RouteType},
@@ -121,12 +121,7 @@ impl Capture {
 
     async fn write(&mut self) -> Result<(), NetlinkError> {
         self.route_replies().await?;
-        let mut batch = self
-            .nft
-            .transaction()
-            .add_table(TABLE, Family::Inet)
-            .del_table(TABLE, Family::Inet)
-            .add_table(TABLE, Family::Inet);
+        let mut batch = fresh_table(&self.nft, TABLE, Family::Inet).await?;
         for chain in chains()? {
             batch = batch.add_chain(chain);
         }
@@ -192,6 +187,20 @@ impl Capture {
             .table(REPLY_TABLE);
         Ok(self.route.replace_route(v6).await?)
     }
+}
+
+/// A transaction that begins with an empty table of this name, whatever it held before.
+pub async fn fresh_table(
+    nft: &Connection<Nftables>,
+    name: &str,
+    family: Family,
+) -> Result<Transaction, NetlinkError> {
+    let tables = nft.list_tables_in(family).await?;
+    let mut batch = nft.transaction();
+    if tables.iter().any(|table| table.name == name) {
+        batch = batch.del_table(name, family);
+    }
+    Ok(batch.add_table(name, family))
 }
 
 fn reply_rules(mark: u32) -> [RuleBuilder; 2] {

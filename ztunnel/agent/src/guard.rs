@@ -9,7 +9,10 @@
 //! destination is open to the whole pod or to none of it.
 
 use crate::{
-    capture::rules::{first_syn, into_net, to},
+    capture::{
+        fresh_table,
+        rules::{first_syn, into_net, to},
+    },
     listeners::HBONE_PORT,
     netns::NetlinkError,
 };
@@ -155,12 +158,8 @@ impl Guard {
         let chain = Chain::new(self.table.as_str(), CHAIN)?
             .family(Family::Netdev)
             .base(base.policy(Policy::Accept));
-        let mut batch = self
-            .nft
-            .transaction()
-            .add_table(&self.table, Family::Netdev)
-            .del_table(&self.table, Family::Netdev)
-            .add_table(&self.table, Family::Netdev)
+        let mut batch = fresh_table(&self.nft, &self.table, Family::Netdev)
+            .await?
             .add_chain(chain);
         for any in [IpAddr::from([0; 4]), IpAddr::from([0; 16])] {
             let set = self.set(any);
@@ -291,3 +290,6 @@ fn element(destination: SocketAddr) -> SetElement {
     };
     SetElement::concat([ip, SetElement::port(destination.port())])
 }
+
+#[cfg(test)]
+mod tests;

@@ -11,6 +11,8 @@
 
 mod capture;
 mod guard;
+#[cfg(test)]
+mod lab;
 mod listeners;
 mod netns;
 mod orders;

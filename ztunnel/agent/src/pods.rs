@@ -39,6 +39,9 @@ use tokio::sync::{mpsc, oneshot};
 /// How often every pod is looked at; a change is found and repaired within two seconds (F07).
 const LOOK_EVERY: Duration = Duration::from_millis(500);
 
+/// Looks after a start until listeners that nobody gave back are made anew.
+const LOOKS_FOR_RETURN: u64 = 4;
+
 /// Looks between two reports of counters, and between two readings of the node's addresses.
 const LOOKS_PER_REPORT: u64 = 4;
 const LOOKS_PER_ADDRESSES: u64 = 20;
@@ -116,6 +119,7 @@ impl Pods {
         };
         for record in pods.records.pods()? {
             let mut pod = Pod::new(record);
+            pod.returning = true;
             match pods.config.places.find(&pod.record) {
                 Some(netns) => pod.settle_in(netns)?,
                 None => {
@@ -190,6 +194,7 @@ impl Pods {
         };
         let mut pod = before.unwrap_or_else(|| Pod::new(record.clone()));
         pod.record = record;
+        pod.returning = false;
         if let Err(error) = pod.settle_in(netns.clone()) {
             let _ = reply.send(Err(format!("the pod's namespace: {error}")));
             return;
@@ -210,6 +215,9 @@ impl Pods {
         let Some(pod) = self.pods.get_mut(uid) else {
             return;
         };
+        if pod.returning {
+            return;
+        }
         let before = pod.state.clone();
         let order = pod.record.order.clone();
         let outcome = match &order {
@@ -459,6 +467,10 @@ impl Pods {
     /// One look at every pod.
     async fn look(&mut self) {
         self.looks += 1;
+        if self.looks == LOOKS_FOR_RETURN {
+            self.pods.values_mut().for_each(|pod| pod.returning = false);
+            self.settle_all().await;
+        }
         if self.looks.is_multiple_of(LOOKS_PER_ADDRESSES) {
             let addresses = node_addresses().await;
             if addresses != self.node.addresses {

@@ -75,6 +75,8 @@ pub struct Pod {
     capture: Option<Capture>,
     pub guard: Option<Guard>,
     captured_at: Option<Instant>,
+    /// The agent has just started: ztunnel may hold this pod's listeners and is about to give them back.
+    pub returning: bool,
     /// Resolvers that the DNS listeners were made for.
     resolvers: Vec<IpAddr>,
 }
@@ -90,6 +92,7 @@ impl Pod {
             capture: None,
             guard: None,
             captured_at: None,
+            returning: false,
             resolvers: vec![],
         }
     }
@@ -193,6 +196,7 @@ impl Pod {
     pub fn take_back(&mut self, listeners: Vec<Kept>, resolvers: &[IpAddr]) {
         self.listeners = listeners;
         self.resolvers = resolvers.to_vec();
+        self.returning = false;
     }
 
     /// Lets new connections pass by, keeps the open ones until `drain` is over (settled D7).
