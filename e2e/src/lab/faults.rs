@@ -171,3 +171,16 @@ fn rules(fault: &Fault) -> impl Iterator<Item = Rule> {
         }
     })
 }
+
+impl Endpoint {
+    /// `nft flush ruleset`, as root inside this endpoint may do it.
+    pub fn flush_rules(&self) -> Result<()> {
+        self.inside(|| -> Result<()> {
+            let runtime = tokio::runtime::Builder::new_current_thread()
+                .enable_all()
+                .build()?;
+            Ok(runtime.block_on(async { Connection::<Nftables>::new()?.flush_ruleset().await })?)
+        })?
+        .with_context(|| format!("flush the rules of {}", self.name))
+    }
+}

@@ -1,0 +1,228 @@
+//! The network and the pods misbehave; bytes and identities do not.
+
+use std::io::Read;
+use std::net::SocketAddr;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use culvert_e2e::lab::capture::Recording;
+use culvert_e2e::lab::{Effect, PodSpec, poll_until};
+use culvert_e2e::load::{Attempts, all_complete};
+use culvert_e2e::mesh::config;
+use culvert_e2e::traffic::{Server, echo_once, send_pattern};
+
+use crate::{Shop, WAIT};
+
+const CANARY: &[u8] = b"canary-f07d5510be";
+
+fn no_canary(recording: &Recording, link: &str) {
+    assert_eq!(recording.sightings(), [], "on {link}");
+}
+
+/// Says the canary over connections that are open and over new ones, until told to stop; returns how many
+/// echoes were complete.
+fn say_the_canary(shop: &Shop, until: &AtomicBool) -> u64 {
+    let to = SocketAddr::from((shop.vip.v4, 80));
+    let said = AtomicU64::new(0);
+    thread::scope(|scope| {
+        for _ in 0..4 {
+            scope.spawn(|| {
+                while !until.load(Ordering::Relaxed) {
+                    let Ok(socket) = shop.web.connect_within(to, Duration::from_secs(1)) else {
+                        continue;
+                    };
+                    socket.set_read_timeout(Some(Duration::from_secs(1))).unwrap();
+                    // Open for a while, so that some are at any moment.
+                    for _ in 0..20 {
+                        if echo_once(&socket, CANARY).is_err() {
+                            break;
+                        }
+                        said.fetch_add(1, Ordering::Relaxed);
+                        thread::sleep(Duration::from_millis(10));
+                    }
+                }
+            });
+        }
+    });
+    said.into_inner()
+}
+
+#[test]
+fn f07_flushed_rules_come_back_and_nothing_leaks_meanwhile() {
+    let shop = Shop::open();
+    let _echo = Server::echo(shop.cart.listen(8080).unwrap()).unwrap();
+    let done = AtomicBool::new(false);
+    let links = [
+        (
+            "the link between the nodes",
+            shop.a.node().capture(&[CANARY]).unwrap(),
+        ),
+        ("the source's veth", shop.web.capture(&[CANARY]).unwrap()),
+        ("the destination's veth", shop.cart.capture(&[CANARY]).unwrap()),
+    ];
+    let said = thread::scope(|scope| {
+        let speaker = scope.spawn(|| say_the_canary(&shop, &done));
+        thread::sleep(Duration::from_secs(1));
+        for pod in [&shop.web, &shop.cart] {
+            pod.flush_rules().unwrap();
+            thread::sleep(Duration::from_secs(3));
+        }
+        done.store(true, Ordering::Relaxed);
+        speaker.join().unwrap()
+    });
+    assert!(said > 100, "the canary was said {said} times");
+    for (name, link) in links {
+        no_canary(&link.stop().unwrap(), name);
+    }
+    for ip in shop.vip.all() {
+        let socket = shop.web.connect((ip, 80)).unwrap();
+        socket.set_read_timeout(Some(WAIT)).unwrap();
+        echo_once(&socket, CANARY).unwrap_or_else(|e| panic!("after the repair, {ip}: {e:#}"));
+    }
+}
+
+#[test]
+fn f09_leaving_and_joining_the_mesh_leaks_nothing_of_a_strict_pod() {
+    let shop = Shop::open();
+    let _echo = Server::echo(shop.cart.listen(8080).unwrap()).unwrap();
+    let done = AtomicBool::new(false);
+    let link = shop.a.node().capture(&[CANARY]).unwrap();
+    let said = thread::scope(|scope| {
+        let speaker = scope.spawn(|| say_the_canary(&shop, &done));
+        for turn in 0..6 {
+            let mode = if turn % 2 == 0 { "none" } else { "ambient" };
+            let mut object = config::pod(&shop.cart);
+            object["metadata"]["labels"][config::ENROL] = mode.into();
+            shop.mesh.apply_object(&object).unwrap();
+            thread::sleep(Duration::from_millis(700));
+        }
+        done.store(true, Ordering::Relaxed);
+        speaker.join().unwrap()
+    });
+    assert!(said > 50, "the canary was said {said} times");
+    poll_until("the mesh carries it again", WAIT, || {
+        let socket = shop.web.connect((shop.cart.addresses().v4, 8080))?;
+        socket.set_read_timeout(Some(WAIT))?;
+        echo_once(&socket, CANARY).map(Some)
+    })
+    .unwrap();
+    // While the destination is out of the mesh its traffic is plain by its own wish; inside it never is.
+    let recording = link.stop().unwrap();
+    for flow in recording
+        .flows_with_payload()
+        .filter(|flow| flow.server.port() == 15008)
+    {
+        flow.server_hello().unwrap_or_else(|e| panic!("{flow}: {e}"));
+    }
+}
+
+#[test]
+fn f24_an_address_that_changes_hands_never_delivers_to_the_wrong_identity() {
+    let shop = Shop::open();
+    let addresses = shop.cart.addresses();
+    let mut pod = shop.cart.clone();
+    let turns = if crate::full_length() { 100 } else { 10 };
+    for turn in 0..turns {
+        shop.mesh.remove(&shop.b, &pod).unwrap();
+        // The next owner of the address is another tenant's, whom `web` may not call.
+        let namespace = if turn % 2 == 0 { "bank" } else { "shop" };
+        if turn == 0 {
+            shop.mesh.namespace("bank").unwrap();
+        }
+        let name = format!("owner-{turn}");
+        pod = shop
+            .b
+            .node()
+            .pod_at(PodSpec::new(namespace, &name), addresses)
+            .unwrap();
+        let server = Server::greet(pod.listen(8080).unwrap()).unwrap();
+        shop.mesh.admit(&shop.b, &pod).unwrap();
+        let heard = poll_until("a verdict", WAIT, || {
+            let mut socket = shop
+                .web
+                .connect_within((addresses.v4, 8080), Duration::from_secs(2))?;
+            socket.set_read_timeout(Some(Duration::from_secs(2)))?;
+            Ok(match (namespace, socket.read(&mut [0; 64])) {
+                ("bank", Ok(0) | Err(_)) => Some(false),
+                ("shop", Ok(1..)) => Some(true),
+                ("bank", Ok(_)) => panic!("turn {turn}: the bank has answered the shop"),
+                // The new owner's identity is not everywhere yet.
+                _ => None,
+            })
+        });
+        assert_eq!(heard.unwrap(), namespace == "shop");
+        assert_eq!(
+            server.accepted() > 0,
+            namespace == "shop",
+            "turn {turn}: what {namespace} has heard"
+        );
+    }
+}
+
+#[test]
+fn f48_a_partition_heals_without_help() {
+    let shop = Shop::open();
+    let _echo = Server::echo(shop.cart.listen(8080).unwrap()).unwrap();
+    let to = SocketAddr::from((shop.vip.v4, 80));
+    let call = || -> anyhow::Result<()> {
+        let socket = shop.web.connect_within(to, Duration::from_secs(3))?;
+        socket.set_read_timeout(Some(Duration::from_secs(3)))?;
+        echo_once(&socket, CANARY)
+    };
+    call().unwrap();
+    let lab = shop.mesh.lab();
+    lab.partition(shop.a.node(), shop.b.node()).unwrap();
+    thread::sleep(Duration::from_secs(5));
+    assert!(call().is_err(), "nothing passes a partition");
+    lab.heal().unwrap();
+    let healed = Instant::now();
+    poll_until("calls pass again", Duration::from_secs(30), || call().map(Some)).unwrap();
+    assert!(healed.elapsed() < Duration::from_secs(30));
+    let attempts = Attempts::start(&shop.web, to, 50, WAIT).unwrap();
+    // Control away: what is known goes on.
+    for node in [&shop.a, &shop.b] {
+        lab.partition(node.node(), shop.mesh.control_host()).unwrap();
+    }
+    thread::sleep(Duration::from_secs(3));
+    lab.heal().unwrap();
+    all_complete(&attempts.stop().unwrap()).unwrap();
+}
+
+#[test]
+fn f49_a_bad_link_costs_time_and_no_bytes() {
+    let shop = Shop::open();
+    let _digest = Server::digest(shop.cart.listen(8080).unwrap()).unwrap();
+    let lab = shop.mesh.lab();
+    let transfer = |bytes: u64, case: &str| {
+        let socket = shop
+            .web
+            .connect((shop.vip.v4, 80))
+            .unwrap_or_else(|e| panic!("{case}: {e}"));
+        socket.set_read_timeout(Some(Duration::from_secs(60))).unwrap();
+        let sent = send_pattern(&socket, bytes, 5).unwrap_or_else(|e| panic!("{case}: {e:#}"));
+        let mut arrived = String::new();
+        (&socket)
+            .read_to_string(&mut arrived)
+            .unwrap_or_else(|e| panic!("{case}: {e}"));
+        assert_eq!(arrived, sent, "{case}");
+    };
+    let (a, b) = (shop.a.node(), shop.b.node());
+    transfer(8 << 20, "a good link");
+    for (per_mille, bytes) in [(10, 8 << 20), (50, 2 << 20), (300, 64 << 10)] {
+        for (from, to) in [(a, b), (b, a)] {
+            lab.disturb(from, to, per_mille, Effect::Lost).unwrap();
+        }
+        transfer(bytes, &format!("{per_mille} of 1000 lost"));
+        lab.heal().unwrap();
+    }
+    for node in [a, b] {
+        lab.limit_rate(node, Some(1_000_000)).unwrap();
+    }
+    transfer(256 << 10, "1 Mbit/s");
+    for node in [a, b] {
+        lab.limit_rate(node, None).unwrap();
+        node.set_mtu(576).unwrap();
+    }
+    transfer(2 << 20, "MTU 576");
+}
