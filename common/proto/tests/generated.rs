@@ -33,6 +33,8 @@ fn committed_code_is_what_the_proto_files_say() {
     let descriptors = protox::compile(FILES, [root.join("proto")]).unwrap();
     let mut config = prost_build::Config::new();
     config.bytes([".istio.workload.Workload.addresses"]);
+    // Ordered, so that equal messages have equal bytes: a version is a digest of them.
+    config.btree_map([".istio.workload"]);
     tonic_prost_build::configure()
         .out_dir(out.path())
         .compile_fds_with_config(descriptors, config)

@@ -1,0 +1,596 @@
+//! Policies: what users write, and the profile's defaults, as `Authorization` resources.
+//!
+//! Invariant: nothing widens. A condition that this layer cannot judge makes an ALLOW rule never match and
+//! is taken out of a DENY rule, which then denies more; what cannot be read is refused before it comes
+//! here ([`check`]).
+
+use super::{Builder, Settings, address};
+use crate::{
+    config::Profile,
+    watch::objects::{
+        Action, AuthorizationPolicy, Direction, Key, MtlsMode, Objects, Operation, PeerAuthentication, Rule,
+        Selector, Source, When,
+    },
+};
+use culvert_proto::{
+    mesh, security,
+    security::{Clause, Match, ServiceAccountMatch, StringMatch, string_match::MatchType},
+    type_url,
+};
+use ipnet::IpNet;
+use std::{collections::BTreeMap, net::IpAddr};
+
+/// The label by which a namespace of profile low asks for its defaults to be enforced.
+const ENFORCE: &str = "culvert.dev/enforce";
+
+/// Which policies a workload names.
+pub struct Selected<'o> {
+    objects: &'o Objects,
+    settings: &'o Settings,
+}
+
+/// A workload, as selectors see it.
+#[derive(Clone, Copy)]
+pub struct Subject<'s> {
+    pub namespace: &'s str,
+    pub labels: &'s BTreeMap<String, String>,
+    pub enrolled: bool,
+}
+
+fn selects(selector: &Selector, labels: &BTreeMap<String, String>) -> bool {
+    selector
+        .match_labels
+        .iter()
+        .all(|(key, value)| labels.get(key) == Some(value))
+}
+
+impl Selected<'_> {
+    fn reaches(&self, key: &Key, selector: Option<&Selector>, subject: Subject<'_>) -> bool {
+        let in_scope = key.namespace == self.settings.root_namespace || key.namespace == subject.namespace;
+        in_scope && selector.is_none_or(|selector| selects(selector, subject.labels))
+    }
+
+    /// Names of the policies that select this workload, `namespace/name`.
+    pub fn inbound(&self, subject: Subject<'_>) -> Vec<String> {
+        let mut names = self.with_selector(subject, Direction::Inbound);
+        if !subject.enrolled {
+            return names;
+        }
+        let root = &self.settings.root_namespace;
+        let has_allow = self.objects.policies.iter().any(|(key, policy)| {
+            policy.spec.direction == Direction::Inbound
+                && policy.spec.action == Action::Allow
+                && self.reaches(key, policy.spec.selector.as_ref(), subject)
+        });
+        match self.mtls(subject) {
+            Effective::Default => names.push(format!("{root}/{}", self.default_name("strict", subject))),
+            Effective::Named(name) => names.push(name),
+            Effective::Permissive => {}
+        }
+        if !has_allow {
+            match self.settings.profile {
+                Profile::High => names.push(format!("{root}/profile-nothing")),
+                Profile::Low | Profile::Medium => {
+                    let name = self.default_name("own-namespace", subject);
+                    names.push(format!("{}/{name}", subject.namespace));
+                }
+            }
+        }
+        names
+    }
+
+    /// Names of the outbound policies that select this workload.
+    pub fn outbound(&self, subject: Subject<'_>) -> Vec<String> {
+        self.with_selector(subject, Direction::Outbound)
+    }
+
+    fn with_selector(&self, subject: Subject<'_>, direction: Direction) -> Vec<String> {
+        self.objects
+            .policies
+            .iter()
+            .filter(|(key, policy)| {
+                policy.spec.direction == direction
+                    && policy.spec.selector.is_some()
+                    && self.reaches(key, policy.spec.selector.as_ref(), subject)
+            })
+            .map(|(key, _)| format!("{}/{}", key.namespace, key.name))
+            .collect()
+    }
+
+    /// `profile-X`, or its dry-run twin while the profile only observes (settled D20).
+    fn default_name(&self, what: &str, subject: Subject<'_>) -> String {
+        let observes = self.settings.profile == Profile::Low && !self.enforces(subject.namespace);
+        if observes {
+            format!("profile-{what}-dry-run")
+        } else {
+            format!("profile-{what}")
+        }
+    }
+
+    fn enforces(&self, namespace: &str) -> bool {
+        let labelled = self.objects.namespaces.get(namespace).is_some_and(|one| {
+            one.metadata
+                .labels
+                .get(ENFORCE)
+                .is_some_and(|value| value == "true")
+        });
+        labelled || self.objects.policies.keys().any(|key| key.namespace == namespace)
+    }
+
+    /// The mTLS mode in force: the workload's own, then the namespace's, then the mesh's, then the
+    /// profile's.
+    fn mtls(&self, subject: Subject<'_>) -> Effective {
+        let candidates = || {
+            self.objects
+                .peer_authentications
+                .iter()
+                .filter(move |(key, one)| self.reaches(key, one.spec.selector.as_ref(), subject))
+        };
+        let own =
+            candidates().find(|(key, one)| one.spec.selector.is_some() && key.namespace == subject.namespace);
+        let namespace =
+            candidates().find(|(key, one)| one.spec.selector.is_none() && key.namespace == subject.namespace);
+        let mesh = candidates()
+            .find(|(key, one)| one.spec.selector.is_none() && key.namespace == self.settings.root_namespace);
+        if let Some((key, one)) = own
+            && !one.spec.port_level_mtls.is_empty()
+        {
+            // It has a policy of its own, made of both levels.
+            return Effective::Named(format!("{}/peer-{}", key.namespace, key.name));
+        }
+        let mode = [own, namespace, mesh]
+            .into_iter()
+            .flatten()
+            .map(|(_, one)| one.spec.mtls.mode)
+            .find(|mode| *mode != MtlsMode::Unset);
+        match mode {
+            None | Some(MtlsMode::Unset) => Effective::Default,
+            Some(MtlsMode::Strict) => {
+                Effective::Named(format!("{}/profile-strict", self.settings.root_namespace))
+            }
+            Some(MtlsMode::Permissive | MtlsMode::Disable) if self.settings.profile == Profile::High => {
+                Effective::Default
+            }
+            Some(MtlsMode::Permissive | MtlsMode::Disable) => Effective::Permissive,
+        }
+    }
+}
+
+enum Effective {
+    Default,
+    Permissive,
+    Named(String),
+}
+
+/// Adds every policy's resource.
+pub(super) fn build<'o>(
+    objects: &'o Objects,
+    settings: &'o Settings,
+    builder: &mut Builder<'_>,
+) -> Selected<'o> {
+    for (key, policy) in &objects.policies {
+        let name = format!("{}/{}", key.namespace, key.name);
+        // `check` has refused what cannot be converted.
+        match policy.spec.direction {
+            Direction::Inbound => {
+                if let Ok(message) = inbound(key, policy, settings) {
+                    builder.add(type_url::AUTHORIZATION, name, &message);
+                }
+            }
+            Direction::Outbound => {
+                if let Ok(message) = outbound(key, policy, settings) {
+                    builder.add(type_url::OUTBOUND_POLICY, name, &message);
+                }
+            }
+        }
+    }
+    for (key, one) in &objects.peer_authentications {
+        if !one.spec.port_level_mtls.is_empty() {
+            let message = port_level(key, one);
+            builder.add(
+                type_url::AUTHORIZATION,
+                format!("{}/{}", message.namespace, message.name),
+                &message,
+            );
+        }
+    }
+    defaults(objects, settings, builder);
+    Selected { objects, settings }
+}
+
+fn defaults(objects: &Objects, settings: &Settings, builder: &mut Builder<'_>) {
+    let mut add = |namespace: &str, name: &str, action, rules: Vec<security::Rule>| {
+        for (suffix, dry_run) in [("", false), ("-dry-run", true)] {
+            let name = format!("{name}{suffix}");
+            let message = security::Authorization {
+                name: name.clone(),
+                namespace: namespace.to_owned(),
+                scope: security::Scope::WorkloadSelector.into(),
+                action: i32::from(action),
+                rules: rules.clone(),
+                dry_run,
+                extensions: vec![],
+            };
+            builder.add(type_url::AUTHORIZATION, format!("{namespace}/{name}"), &message);
+        }
+    };
+    let root = &settings.root_namespace;
+    add(
+        root,
+        "profile-strict",
+        security::Action::Deny,
+        vec![rule(vec![plaintext()])],
+    );
+    add(root, "profile-nothing", security::Action::Allow, vec![]);
+    for namespace in objects.namespaces.keys() {
+        let own = Match {
+            namespaces: vec![exact(namespace)],
+            ..Match::default()
+        };
+        add(
+            namespace,
+            "profile-own-namespace",
+            security::Action::Allow,
+            vec![rule(vec![own])],
+        );
+    }
+}
+
+fn plaintext() -> Match {
+    Match {
+        not_principals: vec![StringMatch {
+            match_type: Some(MatchType::Presence(())),
+        }],
+        ..Match::default()
+    }
+}
+
+fn rule(matches: Vec<Match>) -> security::Rule {
+    security::Rule {
+        clauses: vec![Clause { matches }],
+    }
+}
+
+fn exact(text: &str) -> StringMatch {
+    StringMatch {
+        match_type: Some(MatchType::Exact(text.to_owned())),
+    }
+}
+
+/// A port-level override: strict ports refuse plaintext there; a strict workload refuses it everywhere but
+/// on its exempt ports.
+fn port_level(key: &Key, one: &PeerAuthentication) -> security::Authorization {
+    let strict = one.spec.mtls.mode == MtlsMode::Strict || one.spec.mtls.mode == MtlsMode::Unset;
+    let ports = |wanted: bool| {
+        one.spec
+            .port_level_mtls
+            .iter()
+            .filter(|(_, mtls)| (mtls.mode == MtlsMode::Strict) == wanted)
+            .map(|(port, _)| u32::from(*port))
+            .collect::<Vec<_>>()
+    };
+    let only = if strict {
+        Match {
+            not_destination_ports: ports(false),
+            ..plaintext()
+        }
+    } else {
+        Match {
+            destination_ports: ports(true),
+            ..plaintext()
+        }
+    };
+    let nothing = !strict && only.destination_ports.is_empty();
+    security::Authorization {
+        name: format!("peer-{}", key.name),
+        namespace: key.namespace.clone(),
+        scope: security::Scope::WorkloadSelector.into(),
+        action: security::Action::Deny.into(),
+        rules: if nothing { vec![] } else { vec![rule(vec![only])] },
+        dry_run: false,
+        extensions: vec![],
+    }
+}
+
+/// Refuses objects that cannot be converted, by name and with the remedy.
+pub fn check(objects: &Objects, settings: &Settings) -> Result<(), String> {
+    for (key, policy) in &objects.policies {
+        let converted = match policy.spec.direction {
+            Direction::Inbound => inbound(key, policy, settings).map(|_| ()),
+            Direction::Outbound => outbound(key, policy, settings).map(|_| ()),
+        };
+        converted.map_err(|why| format!("AuthorizationPolicy {}/{}: {why}", key.namespace, key.name))?;
+        let reserved = ["profile-", "peer-"];
+        if reserved.iter().any(|prefix| key.name.starts_with(prefix)) {
+            return Err(format!(
+                "AuthorizationPolicy {}/{}: names that begin with profile- or peer- are the mesh's own; choose another",
+                key.namespace, key.name
+            ));
+        }
+    }
+    super::workloads::check(objects, settings)
+}
+
+fn scope(key: &Key, policy: &AuthorizationPolicy, settings: &Settings) -> i32 {
+    match &policy.spec.selector {
+        Some(_) => security::Scope::WorkloadSelector,
+        None if key.namespace == settings.root_namespace => security::Scope::Global,
+        None => security::Scope::Namespace,
+    }
+    .into()
+}
+
+fn action(policy: &AuthorizationPolicy) -> i32 {
+    match policy.spec.action {
+        Action::Allow => security::Action::Allow,
+        Action::Deny => security::Action::Deny,
+    }
+    .into()
+}
+
+fn inbound(
+    key: &Key,
+    policy: &AuthorizationPolicy,
+    settings: &Settings,
+) -> Result<security::Authorization, String> {
+    let mut rules = vec![];
+    for (index, one) in policy.spec.rules.iter().flatten().enumerate() {
+        let at = |why: String| format!("spec.rules[{index}]: {why}");
+        if policy.spec.action == Action::Allow && needs_l7(one) {
+            continue;
+        }
+        rules.push(inbound_rule(key, one).map_err(at)?);
+    }
+    Ok(security::Authorization {
+        name: key.name.clone(),
+        namespace: key.namespace.clone(),
+        scope: scope(key, policy, settings),
+        action: action(policy),
+        rules,
+        dry_run: policy.spec.dry_run,
+        extensions: vec![],
+    })
+}
+
+/// Whether a rule has a condition that only a waypoint can judge.
+fn needs_l7(rule: &Rule) -> bool {
+    let source = |s: &Source| {
+        [
+            &s.request_principals,
+            &s.not_request_principals,
+            &s.remote_ip_blocks,
+            &s.not_remote_ip_blocks,
+        ]
+        .iter()
+        .any(|list| !list.is_empty())
+    };
+    let operation = |o: &Operation| {
+        [
+            &o.hosts,
+            &o.not_hosts,
+            &o.methods,
+            &o.not_methods,
+            &o.paths,
+            &o.not_paths,
+        ]
+        .iter()
+        .any(|list| !list.is_empty())
+    };
+    rule.from.iter().any(|from| source(&from.source))
+        || rule.to.iter().any(|to| operation(&to.operation))
+        || rule.when.iter().any(|when| !L4_KEYS.contains(&when.key.as_str()))
+}
+
+const L4_KEYS: [&str; 5] = [
+    "source.ip",
+    "source.namespace",
+    "source.principal",
+    "destination.ip",
+    "destination.port",
+];
+
+/// Clauses in the order `to`, `from`, each `when`. A part of which nothing is left at L4 constrains
+/// nothing: it is left out, and the DENY is wider for it.
+fn inbound_rule(key: &Key, rule: &Rule) -> Result<security::Rule, String> {
+    let mut clauses = vec![];
+    let mut push = |matches: Vec<Match>| {
+        if !matches.is_empty() && matches.iter().all(|one| *one != Match::default()) {
+            clauses.push(Clause { matches });
+        }
+    };
+    let to = rule
+        .to
+        .iter()
+        .map(|to| to_match(&to.operation))
+        .collect::<Result<_, _>>()?;
+    push(to);
+    let from = rule
+        .from
+        .iter()
+        .map(|from| source_match(key, &from.source))
+        .collect::<Result<_, _>>()?;
+    push(from);
+    for when in rule
+        .when
+        .iter()
+        .filter(|when| L4_KEYS.contains(&when.key.as_str()))
+    {
+        push(vec![when_match(when)?]);
+    }
+    Ok(security::Rule { clauses })
+}
+
+fn to_match(operation: &Operation) -> Result<Match, String> {
+    for (name, list) in [
+        ("principals", &operation.principals),
+        ("namespaces", &operation.namespaces),
+        ("ipBlocks", &operation.ip_blocks),
+    ] {
+        if !list.is_empty() {
+            return Err(format!("to.operation.{name} is for direction: Outbound alone"));
+        }
+    }
+    Ok(Match {
+        destination_ports: ports("ports", &operation.ports)?,
+        not_destination_ports: ports("notPorts", &operation.not_ports)?,
+        ..Match::default()
+    })
+}
+
+fn source_match(key: &Key, source: &Source) -> Result<Match, String> {
+    Ok(Match {
+        principals: texts(&source.principals)?,
+        not_principals: texts(&source.not_principals)?,
+        namespaces: texts(&source.namespaces)?,
+        not_namespaces: texts(&source.not_namespaces)?,
+        service_accounts: accounts(key, &source.service_accounts)?,
+        not_service_accounts: accounts(key, &source.not_service_accounts)?,
+        source_ips: nets("ipBlocks", &source.ip_blocks)?,
+        not_source_ips: nets("notIpBlocks", &source.not_ip_blocks)?,
+        ..Match::default()
+    })
+}
+
+fn when_match(when: &When) -> Result<Match, String> {
+    if when.values.is_empty() && when.not_values.is_empty() {
+        return Err(format!("when {:?} has neither values nor notValues", when.key));
+    }
+    let mut one = Match::default();
+    match when.key.as_str() {
+        "source.ip" => {
+            one.source_ips = nets("values", &when.values)?;
+            one.not_source_ips = nets("notValues", &when.not_values)?;
+        }
+        "source.namespace" => {
+            one.namespaces = texts(&when.values)?;
+            one.not_namespaces = texts(&when.not_values)?;
+        }
+        "source.principal" => {
+            one.principals = texts(&when.values)?;
+            one.not_principals = texts(&when.not_values)?;
+        }
+        "destination.ip" => {
+            one.destination_ips = nets("values", &when.values)?;
+            one.not_destination_ips = nets("notValues", &when.not_values)?;
+        }
+        _ => {
+            one.destination_ports = ports("values", &when.values)?;
+            one.not_destination_ports = ports("notValues", &when.not_values)?;
+        }
+    }
+    Ok(one)
+}
+
+fn outbound(
+    key: &Key,
+    policy: &AuthorizationPolicy,
+    settings: &Settings,
+) -> Result<mesh::OutboundPolicy, String> {
+    let mut rules = vec![];
+    for (index, rule) in policy.spec.rules.iter().flatten().enumerate() {
+        if !rule.from.is_empty() || !rule.when.is_empty() || needs_l7(rule) {
+            return Err(format!(
+                "spec.rules[{index}]: a rule of direction: Outbound has only to.operation with ports, principals, \
+                 namespaces and ipBlocks; its sources are the pods that the policy selects"
+            ));
+        }
+        let at = |why: String| format!("spec.rules[{index}]: {why}");
+        if rule.to.is_empty() {
+            rules.push(mesh::OutboundRule::default());
+        }
+        for to in &rule.to {
+            rules.push(outbound_rule(&to.operation).map_err(at)?);
+        }
+    }
+    Ok(mesh::OutboundPolicy {
+        name: key.name.clone(),
+        namespace: key.namespace.clone(),
+        scope: scope(key, policy, settings),
+        action: action(policy),
+        rules,
+        dry_run: policy.spec.dry_run,
+    })
+}
+
+fn outbound_rule(operation: &Operation) -> Result<mesh::OutboundRule, String> {
+    Ok(mesh::OutboundRule {
+        namespaces: texts(&operation.namespaces)?,
+        not_namespaces: texts(&operation.not_namespaces)?,
+        principals: texts(&operation.principals)?,
+        not_principals: texts(&operation.not_principals)?,
+        ips: nets("ipBlocks", &operation.ip_blocks)?,
+        not_ips: nets("notIpBlocks", &operation.not_ip_blocks)?,
+        ports: ports("ports", &operation.ports)?,
+        not_ports: ports("notPorts", &operation.not_ports)?,
+    })
+}
+
+/// `*` is any, `x*` a prefix, `*x` a suffix; a star elsewhere is refused rather than taken literally.
+fn texts(values: &[String]) -> Result<Vec<StringMatch>, String> {
+    values
+        .iter()
+        .map(|value| {
+            let kind = if value == "*" {
+                MatchType::Presence(())
+            } else if let Some(suffix) = value.strip_prefix('*') {
+                MatchType::Suffix(suffix.to_owned())
+            } else if let Some(prefix) = value.strip_suffix('*') {
+                MatchType::Prefix(prefix.to_owned())
+            } else {
+                MatchType::Exact(value.strip_prefix("spiffe://").unwrap_or(value).to_owned())
+            };
+            let inner = match &kind {
+                MatchType::Exact(text) | MatchType::Prefix(text) | MatchType::Suffix(text) => text.as_str(),
+                MatchType::Presence(()) => "x",
+            };
+            if inner.is_empty() || inner.contains('*') {
+                return Err(format!("{value:?}: a star stands alone, first or last"));
+            }
+            Ok(StringMatch {
+                match_type: Some(kind),
+            })
+        })
+        .collect()
+}
+
+/// `name` in the policy's own namespace, or `namespace/name`.
+fn accounts(key: &Key, values: &[String]) -> Result<Vec<ServiceAccountMatch>, String> {
+    values
+        .iter()
+        .map(|value| {
+            let (namespace, name) = value.split_once('/').unwrap_or((&key.namespace, value));
+            if namespace.is_empty() || name.is_empty() || name.contains('/') || value.contains('*') {
+                return Err(format!(
+                    "{value:?} is no service account: write name or namespace/name"
+                ));
+            }
+            Ok(ServiceAccountMatch {
+                namespace: namespace.to_owned(),
+                service_account: name.to_owned(),
+            })
+        })
+        .collect()
+}
+
+fn nets(field: &str, values: &[String]) -> Result<Vec<security::Address>, String> {
+    values
+        .iter()
+        .map(|value| {
+            let net = value
+                .parse::<IpNet>()
+                .or_else(|_| value.parse::<IpAddr>().map(IpNet::from));
+            net.map(|net| address(net.trunc()))
+                .map_err(|_| format!("{field}: {value:?} is no address or CIDR"))
+        })
+        .collect()
+}
+
+fn ports(field: &str, values: &[String]) -> Result<Vec<u32>, String> {
+    values
+        .iter()
+        .map(|value| match value.parse::<u16>() {
+            Ok(port) if port != 0 => Ok(port.into()),
+            _ => Err(format!("{field}: {value:?} is no port")),
+        })
+        .collect()
+}

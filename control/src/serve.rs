@@ -1,0 +1,59 @@
+//! What nodes are served, on one port: discovery, certificates, node orders.
+//!
+//! ```text
+//! TLS 1.3 ──token──▶ Caller { node } ──▶ ads (delta) | ca (CSR → SVID) | nodes (pods ⇄ orders)
+//! ```
+//! Invariant: every call is a node's, and which node it is comes from its token alone (settled D17).
+
+mod ads;
+mod ca;
+mod caller;
+mod nodes;
+mod tls;
+
+pub use caller::Tokens;
+pub use tls::{incoming, server_config};
+
+use crate::{
+    authority::Authority,
+    index::{Capture, Settings, World},
+};
+use culvert_proto::{
+    ca::istio_certificate_service_server::IstioCertificateServiceServer,
+    discovery::aggregated_discovery_service_server::AggregatedDiscoveryServiceServer,
+    node::node_service_server::NodeServiceServer,
+};
+use parking_lot::Mutex;
+use std::{collections::HashMap, sync::Arc};
+use tokio::sync::{mpsc, watch};
+use tonic::transport::server::Router;
+
+/// What the services share.
+pub struct Shared {
+    pub settings: Settings,
+    pub world: watch::Receiver<Arc<World>>,
+    /// Names this control plane in versions, so that nodes tell an older view from another source's.
+    pub source: String,
+    pub tokens: Tokens,
+    pub authority: Authority,
+    /// Capture states as agents report them, by pod uid; a change is told by `captures_changed`.
+    pub captures: Mutex<HashMap<String, Capture>>,
+    pub captures_changed: mpsc::Sender<()>,
+}
+
+/// Largest request that is read.
+const MAX_REQUEST: usize = 4 * 1024 * 1024;
+
+/// All services of the port.
+pub fn router(shared: &Arc<Shared>) -> Router {
+    let ads = AggregatedDiscoveryServiceServer::new(ads::Ads(shared.clone()));
+    let ca = IstioCertificateServiceServer::new(ca::Ca(shared.clone()));
+    let nodes = NodeServiceServer::new(nodes::Nodes(shared.clone()));
+    tonic::transport::Server::builder()
+        .http2_keepalive_interval(Some(std::time::Duration::from_secs(10)))
+        .http2_keepalive_timeout(Some(std::time::Duration::from_secs(10)))
+        .max_concurrent_streams(Some(256))
+        .add_service(ads.max_decoding_message_size(MAX_REQUEST))
+        .add_service(ca.max_decoding_message_size(64 * 1024))
+        .add_service(nodes.max_decoding_message_size(MAX_REQUEST))
+}
