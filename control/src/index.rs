@@ -90,6 +90,8 @@ pub struct PodFacts {
     pub identity: SpiffeId,
     pub workload_uid: String,
     pub enrolled: bool,
+    /// Its namespace as a whole takes no part.
+    pub namespace_apart: bool,
     pub probe_ports: Vec<u16>,
     pub exclude_inbound_ports: Vec<u16>,
     pub exclude_outbound_ports: Vec<u16>,

@@ -120,6 +120,13 @@ fn enrolled(pod: &Pod, objects: &Objects) -> bool {
     !pod.spec.host_network && own.or(namespace).is_some_and(|mode| mode == "ambient")
 }
 
+fn namespace_takes_part(objects: &Objects, namespace: &str) -> bool {
+    let labels = objects.namespaces.get(namespace).map(|one| &one.metadata.labels);
+    labels
+        .and_then(|labels| labels.get(ENROL))
+        .is_some_and(|mode| mode == "ambient")
+}
+
 fn finished(pod: &Pod) -> bool {
     matches!(pod.status.phase.as_str(), "Succeeded" | "Failed")
 }
@@ -155,6 +162,7 @@ fn facts(key: &Key, pod: &Pod, objects: &Objects, settings: &Settings) -> Result
         node: pod.spec.node_name.clone(),
         workload_uid: uid(key),
         enrolled: enrolled(pod, objects) && !finished(pod),
+        namespace_apart: !namespace_takes_part(objects, &key.namespace),
         probe_ports: probe_ports(pod),
         exclude_inbound_ports: list(EXCLUDE_INBOUND, annotation(EXCLUDE_INBOUND))?,
         exclude_outbound_ports: list(EXCLUDE_OUTBOUND, annotation(EXCLUDE_OUTBOUND))?,

@@ -230,5 +230,6 @@ fn order(pod: &PodFacts) -> PodOrder {
         name: pod.name.clone(),
         service_account: pod.service_account.clone(),
         workload_uid: pod.workload_uid.clone(),
+        namespace_apart: pod.namespace_apart,
     }
 }
