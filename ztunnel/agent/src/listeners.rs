@@ -142,6 +142,14 @@ pub fn adopt(
 }
 
 impl Kept {
+    /// Lets a socket that was shut down listen again. It is still bound, so nobody could take its place,
+    /// and whoever holds a copy accepts on it as before.
+    pub fn revive(&self) {
+        if let Err(error) = SockRef::from(&self.socket).listen(BACKLOG) {
+            tracing::error!(listener = ?self.what.kind(), %error, "a listener cannot be revived");
+        }
+    }
+
     /// Whether the socket still does its work: a process that holds a copy can shut it down for all.
     pub fn works(&self) -> bool {
         let socket = SockRef::from(&self.socket);
@@ -179,6 +187,9 @@ fn bound(address: SocketAddr, kind: Type, protocol: Protocol) -> Result<Socket, 
             socket.set_only_v6(!address.ip().is_unspecified())?;
         }
         if kind == Type::STREAM {
+            // Ended connections of an earlier enrolment still have these ports for a minute. It opens the
+            // port to nobody: beside a socket that listens, the kernel lets none bind, with it or without.
+            socket.set_reuse_address(true)?;
             // Replies to captured connections keep the address that the application dialled.
             socket
                 .set_ip_transparent_v4(true)

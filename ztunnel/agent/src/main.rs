@@ -17,6 +17,7 @@ mod listeners;
 mod netns;
 mod orders;
 mod pods;
+mod privileges;
 mod records;
 mod serve;
 mod watch;
@@ -86,23 +87,35 @@ fn main() -> Result<()> {
         .with_env_filter(filter)
         .with_writer(std::io::stderr)
         .init();
-    let runtime = || {
-        tokio::runtime::Builder::new_multi_thread()
-            .worker_threads(2)
-            .enable_all()
-            .build()
-    };
-    // Files are made before privileges go, and threads after: each thread has capabilities of its own.
+    privileges::close_process().context("giving up privileges")?;
     let records = records::Records::open(&options.run_dir)
         .with_context(|| format!("run folder {}", options.run_dir.display()))?;
     std::fs::create_dir_all(&options.socket_dir)
         .with_context(|| format!("socket folder {}", options.socket_dir.display()))?;
-    runtime()?.block_on(run(options, records))
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(2)
+        .on_thread_start(|| privileges::keep_two().expect("capabilities can always be given up"))
+        .enable_all()
+        .build()?;
+    // Only this thread can still give a socket to another user; it cannot from the next line but one on.
+    let sockets = runtime.block_on(async { bind_both(&options) })?;
+    privileges::keep_two().context("giving up capabilities")?;
+    runtime.block_on(run(options, records, sockets))
 }
 
-async fn run(options: Options, records: records::Records) -> Result<()> {
-    let ztunnel = bind(&options.socket_dir.join("ztunnel.sock"), options.ztunnel_uid)?;
-    let cni = bind(&options.socket_dir.join("cni.sock"), 0)?;
+/// The sockets for ztunnel and for the CNI plugin.
+fn bind_both(options: &Options) -> Result<(Listener, Listener)> {
+    Ok((
+        bind(&options.socket_dir.join("ztunnel.sock"), options.ztunnel_uid)?,
+        bind(&options.socket_dir.join("cni.sock"), 0)?,
+    ))
+}
+
+async fn run(
+    options: Options,
+    records: records::Records,
+    (ztunnel, cni): (Listener, Listener),
+) -> Result<()> {
     let (events, queue) = mpsc::channel(EVENTS);
     let sources = serve::Sources::default();
     let config = pods::Config {
@@ -122,7 +135,7 @@ async fn run(options: Options, records: records::Records) -> Result<()> {
     tracing::info!(node = options.node, "the agent looks after its pods");
     let mut tasks = tokio::task::JoinSet::new();
     tasks.spawn(pods.run(queue));
-    tasks.spawn(watch::cni::serve(cni, events.clone()));
+    tasks.spawn(watch::cni::serve(cni, watch::cni::HOLD, events.clone()));
     tasks.spawn(watch::control::attend(control, events.clone()));
     tasks.spawn(serve::serve(ztunnel, options.ztunnel_uid, sources, events));
     let mut terminate = signal(SignalKind::terminate())?;

@@ -642,3 +642,6 @@ fn cpu_seconds() -> f64 {
     let seconds = |t: nix::sys::time::TimeVal| t.tv_sec() as f64 + t.tv_usec() as f64 / 1e6;
     seconds(usage.user_time()) + seconds(usage.system_time())
 }
+
+#[cfg(test)]
+mod tests;

@@ -189,6 +189,11 @@ async fn listen(
                 send(channel, Outgoing { message, fds }).await?;
             }
             Some(message) => {
+                // Descriptors that nobody asked for are closed here, before they pile up anywhere.
+                let fds = match &message {
+                    from_ztunnel::Message::ReturnListeners(_) => fds,
+                    _ => vec![],
+                };
                 let said = Event::Said {
                     instance,
                     message,

@@ -403,7 +403,7 @@ async fn f16_app_cannot_bind_beside_us_later() {
 }
 
 #[tokio::test]
-async fn f08_a_listener_that_was_shut_down_is_seen() {
+async fn f08_a_listener_that_was_shut_down_is_seen_and_revived() {
     let pod = captured().await;
     for kept in &pod.kept {
         assert!(kept.works());
@@ -413,5 +413,7 @@ async fn f08_a_listener_that_was_shut_down_is_seen() {
         let copy = SockRef::from(&kept.socket).try_clone().unwrap();
         copy.shutdown(std::net::Shutdown::Both).unwrap();
         assert!(!kept.works(), "{:?}", kept.what);
+        kept.revive();
+        assert!(kept.works(), "{:?}", kept.what);
     }
 }

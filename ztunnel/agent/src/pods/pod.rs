@@ -182,6 +182,9 @@ impl Pod {
     }
 
     fn listen(&mut self, netns: &Netns, resolvers: &[IpAddr]) -> Result<(), EnrolError> {
+        for listener in self.listeners.iter().filter(|listener| !listener.works()) {
+            listener.revive();
+        }
         if self.resolvers != resolvers || !self.listeners.iter().all(Kept::works) {
             self.listeners.clear();
         }

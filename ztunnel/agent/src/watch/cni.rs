@@ -46,8 +46,8 @@ struct Answer {
     error: Option<String>,
 }
 
-/// Answers callers until the listener fails for good.
-pub async fn serve(listener: Listener, events: mpsc::Sender<Event>) {
+/// Answers callers, each at the latest when it was held for `hold`.
+pub async fn serve(listener: Listener, hold: Duration, events: mpsc::Sender<Event>) {
     let callers = Arc::new(Semaphore::new(CALLERS));
     loop {
         let Ok(permit) = callers.clone().acquire_owned().await else {
@@ -57,7 +57,7 @@ pub async fn serve(listener: Listener, events: mpsc::Sender<Event>) {
             Ok(channel) => {
                 let events = events.clone();
                 tokio::spawn(async move {
-                    if let Err(error) = answer(channel, events).await {
+                    if let Err(error) = answer(channel, hold, events).await {
                         tracing::warn!(%error, "a CNI caller went away");
                     }
                     drop(permit);
@@ -71,9 +71,9 @@ pub async fn serve(listener: Listener, events: mpsc::Sender<Event>) {
     }
 }
 
-async fn answer(channel: Channel, events: mpsc::Sender<Event>) -> Result<(), SocketError> {
+async fn answer(channel: Channel, hold: Duration, events: mpsc::Sender<Event>) -> Result<(), SocketError> {
     let done = match channel.peer()?.uid {
-        0 => attend(&channel, events).await,
+        0 => attend(&channel, hold, events).await,
         uid => Err(format!("user {uid} may not speak here")),
     };
     let answer = Answer {
@@ -84,7 +84,7 @@ async fn answer(channel: Channel, events: mpsc::Sender<Event>) -> Result<(), Soc
     channel.send_bytes(&bytes, &[]).await
 }
 
-async fn attend(channel: &Channel, events: mpsc::Sender<Event>) -> Result<(), String> {
+async fn attend(channel: &Channel, hold: Duration, events: mpsc::Sender<Event>) -> Result<(), String> {
     let received = tokio::time::timeout(READ_WITHIN, channel.recv_bytes())
         .await
         .map_err(|_| "no request came".to_owned())?
@@ -106,7 +106,7 @@ async fn attend(channel: &Channel, events: mpsc::Sender<Event>) -> Result<(), St
         events.send(event).await.ok()?;
         verdict.await.ok()
     };
-    tokio::time::timeout(HOLD, held)
+    tokio::time::timeout(hold, held)
         .await
         .map_err(|_| "the pod is held: nothing has said in time how it shall be".to_owned())?
         .unwrap_or_else(|| Err("the agent is stopping".to_owned()))
