@@ -19,6 +19,8 @@ use tokio::{
 const BATCH: u32 = 64;
 /// More are asked for when so few are left.
 const LOW: usize = 24;
+/// How long until an agent that had none is asked again.
+const ASK_AGAIN: Duration = Duration::from_millis(200);
 /// How long a connection waits for a socket.
 const PATIENCE: Duration = Duration::from_secs(5);
 
@@ -58,12 +60,14 @@ impl Sockets {
     pub fn stock(&self, kind: SocketKind, v6: bool, sockets: Vec<OwnedFd>) {
         let shelf = &self.shelves[index(kind, v6)];
         let mut state = shelf.state.lock();
-        state.asked = state
-            .asked
-            .saturating_sub(u32::try_from(sockets.len()).unwrap_or(u32::MAX));
+        // One batch is asked for at a time, and an agent that could not make it all has said so by this.
+        state.asked = 0;
         state.sockets.extend(sockets);
+        let empty = state.sockets.is_empty();
         drop(state);
-        shelf.arrived.notify_waiters();
+        if !empty {
+            shelf.arrived.notify_waiters();
+        }
     }
 
     /// The agent has restarted: what was asked for will not come.
@@ -102,7 +106,10 @@ impl Sockets {
                 }
                 match socket {
                     Some(socket) => return socket,
-                    None => arrived.await,
+                    // An answer without sockets wakes nobody: then this asks again.
+                    None => {
+                        let _ = tokio::time::timeout(ASK_AGAIN, arrived).await;
+                    }
                 }
             }
         };
