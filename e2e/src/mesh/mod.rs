@@ -36,6 +36,9 @@ pub const ZTUNNEL_UID: u32 = 65532;
 pub const TRUST_DOMAIN: &str = "cluster.local";
 pub const CLUSTER_DOMAIN: &str = "cluster.local";
 pub const CONTROL_NAME: &str = "control.culvert-system.svc";
+/// Names that nodes can have.
+const NODES: [&str; 8] = ["a", "b", "c", "d", "e", "f", "g", "h"];
+
 /// Where the mesh's own pods are.
 pub const SYSTEM: &str = "culvert-system";
 
@@ -87,7 +90,6 @@ pub struct Mesh {
     /// The resolver that the cluster's pods ask; nothing answers there until a test starts something.
     resolver: Endpoint,
     control: Mutex<Option<Process>>,
-    nodes: Mutex<Vec<String>>,
     vips: AtomicU16,
 }
 
@@ -107,7 +109,6 @@ impl Mesh {
             control_host,
             resolver,
             control: Mutex::default(),
-            nodes: Mutex::default(),
             vips: AtomicU16::new(0),
         };
         mesh.apply_object(&config::namespace(SYSTEM, &[]))?;
@@ -185,9 +186,8 @@ impl Mesh {
 
     /// A new node with an agent and a ztunnel that is ready.
     pub fn node(&self, name: &str) -> Result<MeshNode> {
+        ensure!(NODES.contains(&name), "nodes have the names {NODES:?}");
         let node = self.lab.node(name)?;
-        locked(&self.nodes).push(name.to_owned());
-        self.write_tokens()?;
         let spec = PodSpec::new(SYSTEM, &format!("ztunnel-{name}")).service_account("ztunnel");
         let pod = node.pod(spec)?;
         self.apply_object(&config::pod(&pod))?;
@@ -309,20 +309,14 @@ impl Mesh {
     }
 
     fn write_tokens(&self) -> Result<()> {
-        let tokens: String = locked(&self.nodes)
+        // Control reads its tokens once, so those of all nodes there may be are in the file from the start.
+        let tokens: String = NODES
             .iter()
             .map(|node| format!("{}: {node}\n", token(node)))
             .collect();
         let path = self.path(TOKENS);
         let part = path.with_extension("part");
-        fs::write(
-            &part,
-            if tokens.is_empty() {
-                "{}\n".to_owned()
-            } else {
-                tokens
-            },
-        )?;
+        fs::write(&part, tokens)?;
         fs::set_permissions(&part, fs::Permissions::from_mode(0o600))?;
         Ok(fs::rename(part, path)?)
     }
