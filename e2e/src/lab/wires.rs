@@ -54,6 +54,9 @@ pub const GATEWAY: Addresses = Addresses {
 
 /// The bridge of the fabric, and the end of a routed wire inside its endpoint.
 pub const BRIDGE: &str = "br0";
+/// Without an address of its own a bridge takes the lowest of its ports', which changes as ports come: neighbours
+/// that know the old one would lose their router.
+const BRIDGE_ADDRESS: [u8; 6] = [0x02, 0, 0, 0, 0, 0xfe];
 pub const ENDPOINT_LINK: &str = "eth0";
 
 /// Runs `work` against rtnetlink in `ns`.
@@ -115,7 +118,11 @@ pub fn sysctl(name: &str, value: &str) -> Result<()> {
 pub fn bridge(fabric: &NetNs, own: Addresses, block: Block) -> Result<()> {
     in_ns(fabric, async |netlink| {
         netlink
-            .add_link(BridgeLink::new(BRIDGE).forward_delay_ms(0))
+            .add_link(
+                BridgeLink::new(BRIDGE)
+                    .forward_delay_ms(0)
+                    .address(BRIDGE_ADDRESS),
+            )
             .await?;
         set_addresses(netlink, BRIDGE, own, block).await
     })
