@@ -32,6 +32,8 @@ use std::{
 /// The routing table of borrowed source addresses.
 const REPLY_TABLE: u32 = 100;
 const REPLY_PRIORITY: u32 = 32764;
+const AF_INET: u8 = nix::libc::AF_INET as u8;
+const AF_INET6: u8 = nix::libc::AF_INET6 as u8;
 
 /// The rules in one pod, and the means to look at them.
 pub struct Capture {
@@ -96,8 +98,11 @@ impl Capture {
     /// Takes everything away.
     pub async fn remove(&mut self) -> Result<(), NetlinkError> {
         self.nft.del_table_if_exists(TABLE, Family::Inet).await?;
-        for rule in reply_rules(self.rules.marks.reply) {
-            self.route.del_rule_if_exists(rule).await?;
+        let present = self.reply_families().await?;
+        for (family, rule) in reply_rules(self.rules.marks.reply) {
+            if present.contains(&family) {
+                self.route.del_rule_if_exists(rule).await?;
+            }
         }
         Ok(())
     }
@@ -161,19 +166,26 @@ impl Capture {
     }
 
     async fn replies_routed(&self) -> Result<bool, NetlinkError> {
+        let routes = self.route.get_routes_for_table(REPLY_TABLE).await?;
+        Ok(self.reply_families().await?.len() == 2 && routes.len() >= 2)
+    }
+
+    /// The address families whose replies are routed by mark now.
+    async fn reply_families(&self) -> Result<Vec<u8>, NetlinkError> {
         let mark = self.rules.marks.reply;
-        let ours = self.route.get_rules().await?;
-        let ours = ours
+        let rules = self.route.get_rules().await?;
+        let ours = rules
             .iter()
             .filter(|rule| rule.fwmark() == Some(mark) && rule.table_id() == REPLY_TABLE);
-        let routes = self.route.get_routes_for_table(REPLY_TABLE).await?;
-        Ok(ours.count() == 2 && routes.len() >= 2)
+        Ok(ours.map(|rule| rule.family()).collect())
     }
 
     async fn route_replies(&self) -> Result<(), NetlinkError> {
-        for rule in reply_rules(self.rules.marks.reply) {
-            self.route.del_rule_if_exists(rule.clone()).await?;
-            self.route.add_rule(rule).await?;
+        let present = self.reply_families().await?;
+        for (family, rule) in reply_rules(self.rules.marks.reply) {
+            if !present.contains(&family) {
+                self.route.add_rule(rule).await?;
+            }
         }
         let v4 = Ipv4Route::from_addr(Ipv4Addr::UNSPECIFIED, 0)
             .dev("lo")
@@ -203,9 +215,13 @@ pub async fn fresh_table(
     Ok(batch.add_table(name, family))
 }
 
-fn reply_rules(mark: u32) -> [RuleBuilder; 2] {
-    [RuleBuilder::v4(), RuleBuilder::v6()]
-        .map(|rule| rule.fwmark(mark).table(REPLY_TABLE).priority(REPLY_PRIORITY))
+fn reply_rules(mark: u32) -> [(u8, RuleBuilder); 2] {
+    [(AF_INET, RuleBuilder::v4()), (AF_INET6, RuleBuilder::v6())].map(|(family, rule)| {
+        (
+            family,
+            rule.fwmark(mark).table(REPLY_TABLE).priority(REPLY_PRIORITY),
+        )
+    })
 }
 
 #[cfg(test)]

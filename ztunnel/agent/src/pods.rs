@@ -120,6 +120,7 @@ impl Pods {
         for record in pods.records.pods()? {
             let mut pod = Pod::new(record);
             pod.returning = true;
+            pod.ran_outside = pod.record.order.as_ref().is_none_or(|order| !order.enrolled);
             match pods.config.places.find(&pod.record) {
                 Some(netns) => pod.settle_in(netns)?,
                 None => {
@@ -223,13 +224,18 @@ impl Pods {
         let outcome = match &order {
             None => {
                 if self.control.is_none() && self.apart.contains(&pod.record.namespace) {
+                    pod.ran_outside = true;
                     self.answer(uid, Ok(()));
                 }
                 return;
             }
             Some(order) if order.enrolled => pod.enrol(order, &self.node).await,
             Some(_) => match pod.state {
-                State::Idle | State::Draining { .. } => Ok(()),
+                State::Idle => {
+                    pod.leave();
+                    Ok(())
+                }
+                State::Draining { .. } => Ok(()),
                 State::Captured | State::Broken(_) => pod.begin_drain(self.config.drain).await,
             },
         };

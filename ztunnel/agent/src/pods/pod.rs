@@ -74,7 +74,11 @@ pub struct Pod {
     pub state: State,
     capture: Option<Capture>,
     pub guard: Option<Guard>,
-    captured_at: Option<Instant>,
+    /// Since when connections from before enrolment have their grace; none if none can be open: the pod
+    /// was held at its start until it was captured, or was captured by an earlier agent.
+    grace_from: Option<Instant>,
+    /// The pod has run, or may have run, outside of the mesh.
+    pub ran_outside: bool,
     /// The agent has just started: ztunnel may hold this pod's listeners and is about to give them back.
     pub returning: bool,
     /// Resolvers that the DNS listeners were made for.
@@ -91,7 +95,8 @@ impl Pod {
             state: State::Idle,
             capture: None,
             guard: None,
-            captured_at: None,
+            grace_from: None,
+            ran_outside: false,
             returning: false,
             resolvers: vec![],
         }
@@ -115,8 +120,10 @@ impl Pod {
     /// Brings the pod to `order`. It may be called at any time and does only what is missing.
     pub async fn enrol(&mut self, order: &PodOrder, node: &NodeView) -> Result<(), EnrolError> {
         let settings = node.settings.as_ref().ok_or(EnrolError::NoSettings)?;
-        let since = *self.captured_at.get_or_insert_with(Instant::now);
-        self.stand_guard(order, node, settings, since).await?;
+        if self.ran_outside && self.grace_from.is_none() {
+            self.grace_from = Some(Instant::now());
+        }
+        self.stand_guard(order, node, settings).await?;
         let netns = self.netns.clone();
         let netns = netns.ok_or_else(|| EnrolError::Lost(format!("inode {}", self.record.netns.1)))?;
         self.listen(&netns, &settings.resolvers)?;
@@ -135,11 +142,15 @@ impl Pod {
 
     /// Whether connections from before enrolment are still let through, and no longer should be.
     pub fn grace_is_over(&self, node: &NodeView) -> bool {
-        let (Some(guard), Some(since), Some(settings)) = (&self.guard, self.captured_at, &node.settings)
-        else {
+        let (Some(guard), Some(settings)) = (&self.guard, &node.settings) else {
             return false;
         };
-        since.elapsed() >= settings.enrolment_grace && guard.rules().mesh_nets != settings.mesh_nets
+        !self.has_grace(settings) && guard.rules().mesh_nets != settings.mesh_nets
+    }
+
+    fn has_grace(&self, settings: &Settings) -> bool {
+        self.grace_from
+            .is_some_and(|since| since.elapsed() < settings.enrolment_grace)
     }
 
     async fn stand_guard(
@@ -147,17 +158,16 @@ impl Pod {
         order: &PodOrder,
         node: &NodeView,
         settings: &Settings,
-        since: Instant,
     ) -> Result<(), EnrolError> {
         if self.record.host_ifindex == 0 {
             return Ok(());
         }
         let rules = GuardRules {
             resolvers: settings.resolvers.clone(),
-            mesh_nets: if since.elapsed() >= settings.enrolment_grace {
-                settings.mesh_nets.clone()
-            } else {
+            mesh_nets: if self.has_grace(settings) {
                 vec![]
+            } else {
+                settings.mesh_nets.clone()
             },
             node: node.addresses.clone(),
             probe_ports: order.probe_ports.clone(),
@@ -208,8 +218,7 @@ impl Pod {
             guard.leave().await.map_err(EnrolError::Guard)?;
         }
         let Some(capture) = &mut self.capture else {
-            self.captured_at = None;
-            self.state = State::Idle;
+            self.leave();
             return Ok(());
         };
         capture.drain().await.map_err(EnrolError::Rules)?;
@@ -225,9 +234,15 @@ impl Pod {
             capture.remove().await.map_err(EnrolError::Rules)?;
         }
         self.listeners.clear();
-        self.captured_at = None;
-        self.state = State::Idle;
+        self.leave();
         Ok(())
+    }
+
+    /// The pod is outside of the mesh from now on.
+    pub fn leave(&mut self) {
+        self.ran_outside = true;
+        self.grace_from = None;
+        self.state = State::Idle;
     }
 
     /// Takes the guard away with the pod itself.

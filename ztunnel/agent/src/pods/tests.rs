@@ -90,7 +90,7 @@ impl<'a> Agent<'a> {
                 length: 24,
             }],
             refuse_other_traffic: false,
-            enrolment_grace_seconds: 0,
+            enrolment_grace_seconds: 60,
         }))
         .await;
     }
@@ -542,5 +542,31 @@ fn t57_strangers_and_garbage_are_sent_away_and_the_agent_lives() {
         }
         assert_eq!(ztunnel.sockets(2, SocketKind::Tcp).await.len(), 2);
         assert_eq!(agent.add(lab).await["ok"], true);
+    });
+}
+
+#[test]
+fn f07_only_a_pod_that_ran_outside_of_the_mesh_has_a_grace() {
+    on_node(async |lab| {
+        let folder = tempfile::tempdir().unwrap();
+        let mut agent = Agent::with_pod(folder.path(), lab).await;
+        agent.reported(CaptureState::Captured).await;
+        let mesh_is_shut = || {
+            let listed = run(&lab.node, "nft", &["list", "ruleset"]);
+            let listed = String::from_utf8(listed.stdout).unwrap();
+            listed.contains("ip daddr 10.77.0.0/24")
+        };
+        assert!(mesh_is_shut(), "held at its start: nothing can be open");
+        drop(agent);
+        let mut agent = Agent::start(folder.path()).await;
+        agent.control().await;
+        agent.enrol(true).await;
+        agent.reported(CaptureState::Captured).await;
+        assert!(mesh_is_shut(), "nor after the agent's restart");
+        agent.enrol(false).await;
+        agent.reported(CaptureState::NotCaptured).await;
+        agent.enrol(true).await;
+        agent.reported(CaptureState::Captured).await;
+        assert!(!mesh_is_shut(), "connections from outside go on for a while");
     });
 }
