@@ -90,6 +90,9 @@ pub struct PodFacts {
     pub identity: SpiffeId,
     pub workload_uid: String,
     pub enrolled: bool,
+    /// It ran outside of the mesh before: its callers still speak plaintext to it until HBONE is published
+    /// (settled D11). A pod that was in the mesh from its start is never reached in plaintext.
+    pub born_outside: bool,
     /// Its namespace as a whole takes no part.
     pub namespace_apart: bool,
     pub probe_ports: Vec<u16>,

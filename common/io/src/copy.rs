@@ -91,6 +91,8 @@ pub async fn relay(
         Initiator::Socket => (&flow.received, &flow.sent),
         Initiator::Stream => (&flow.sent, &flow.received),
     };
+    // From now on the kernel resets the application should this process die (settled D15).
+    reset(&socket);
     let outcome = {
         let Stream { send, recv, counted } = &mut stream;
         let both = async {
@@ -106,14 +108,17 @@ pub async fn relay(
             ended = both => ended,
         }
     };
-    if let Err(fault) = &outcome {
-        reset(&socket);
-        match fault {
-            Fault::Application(_) | Fault::Cut => stream.reset(),
-            Fault::Tunnel(_) => {}
-        }
+    match &outcome {
+        Ok(()) => close_cleanly(&socket),
+        Err(Fault::Application(_) | Fault::Cut) => stream.reset(),
+        Err(Fault::Tunnel(_)) => {}
     }
     outcome
+}
+
+/// Both directions have ended: what is still on its way is delivered after the close.
+fn close_cleanly(socket: &TcpStream) {
+    let _ = SockRef::from(socket).set_linger(None);
 }
 
 /// Closes a socket with RST when it is dropped: what was not delivered is not claimed to be.
@@ -217,6 +222,8 @@ fn finish(socket: &TcpStream) -> Result<(), Fault> {
 
 /// Moves bytes between two sockets, for destinations outside the mesh. Either socket's fault resets both.
 pub async fn relay_plain(client: TcpStream, server: TcpStream, flow: &Flow) -> Result<(), Fault> {
+    reset(&client);
+    reset(&server);
     let both = async {
         tokio::try_join!(
             to_socket(&client, &server, &flow.received),
@@ -229,9 +236,9 @@ pub async fn relay_plain(client: TcpStream, server: TcpStream, flow: &Flow) -> R
         () = flow.until_cut() => Err(Fault::Cut),
         ended = both => ended,
     };
-    if outcome.is_err() {
-        reset(&client);
-        reset(&server);
+    if outcome.is_ok() {
+        close_cleanly(&client);
+        close_cleanly(&server);
     }
     outcome
 }

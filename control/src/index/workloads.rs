@@ -42,9 +42,11 @@ pub(super) fn build(
         add_external(key, external, builder);
     }
     for (key, pod) in &objects.pods {
-        let Ok(facts) = facts(key, pod, objects, settings) else {
+        let Ok(mut facts) = facts(key, pod, objects, settings) else {
             continue;
         };
+        let before = builder.before.pods.get(&facts.uid);
+        facts.born_outside = before.is_some_and(|before| !before.enrolled || before.born_outside);
         if !finished(pod) {
             let capture = captures.get(&facts.uid).copied().unwrap_or_default();
             let message = of_pod(key, pod, &facts, capture, objects, settings, selected);
@@ -162,6 +164,7 @@ fn facts(key: &Key, pod: &Pod, objects: &Objects, settings: &Settings) -> Result
         node: pod.spec.node_name.clone(),
         workload_uid: uid(key),
         enrolled: enrolled(pod, objects) && !finished(pod),
+        born_outside: false,
         namespace_apart: !namespace_takes_part(objects, &key.namespace),
         probe_ports: probe_ports(pod),
         exclude_inbound_ports: list(EXCLUDE_INBOUND, annotation(EXCLUDE_INBOUND))?,
@@ -249,13 +252,14 @@ fn of_pod(
     settings: &Settings,
     selected: &Selected<'_>,
 ) -> wire::Workload {
-    let hbone = facts.enrolled && capture != Capture::None;
+    let joining = facts.born_outside && capture == Capture::None;
+    let hbone = facts.enrolled && !joining;
     let subject = Subject {
         namespace: &key.namespace,
         labels: &pod.metadata.labels,
         enrolled: hbone,
     };
-    let healthy = ready(pod) && !(facts.enrolled && capture == Capture::Broken);
+    let healthy = ready(pod) && (!hbone || capture == Capture::Captured);
     let options = mesh::WorkloadOptions {
         spiffe_id: own_identity(
             &facts.identity,
