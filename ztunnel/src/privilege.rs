@@ -32,7 +32,7 @@ pub fn give_up() -> Result<(), PrivilegeError> {
             .find_map(|line| line.strip_prefix(set))
             .unwrap_or_default()
             .trim();
-        if value.trim_start_matches('0') != "" {
+        if !value.trim_start_matches('0').is_empty() {
             return Err(PrivilegeError::Capabilities(value.to_owned()));
         }
     }

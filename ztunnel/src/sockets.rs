@@ -11,7 +11,7 @@ use culvert_proto::agent::{FromZtunnel, SocketKind, WantSockets, from_ztunnel::M
 use parking_lot::Mutex;
 use std::{collections::VecDeque, os::fd::OwnedFd, time::Duration};
 use tokio::{
-    net::{TcpSocket, UdpSocket},
+    net::TcpSocket,
     sync::{Notify, mpsc},
 };
 
@@ -120,11 +120,5 @@ impl Sockets {
     pub async fn tcp(&self, v6: bool) -> Option<TcpSocket> {
         let socket = self.take(SocketKind::Tcp, v6).await?;
         Some(TcpSocket::from_std_stream(std::net::TcpStream::from(socket)))
-    }
-
-    /// A UDP socket of the pod, unbound.
-    pub async fn udp(&self, v6: bool) -> Option<UdpSocket> {
-        let socket = self.take(SocketKind::Udp, v6).await?;
-        UdpSocket::from_std(std::net::UdpSocket::from(socket)).ok()
     }
 }

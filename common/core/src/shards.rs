@@ -13,10 +13,13 @@ use std::{
 
 const SHARDS: usize = 256;
 
+/// One piece; absent until something is in it.
+type Shard<K, V> = Option<Arc<HashMap<K, V>>>;
+
 /// A hash map in [`SHARDS`] shared pieces.
 #[derive(Debug, Clone)]
 pub struct Shards<K, V> {
-    shards: Box<[Option<Arc<HashMap<K, V>>>]>,
+    shards: Box<[Shard<K, V>]>,
     hasher: RandomState,
     len: usize,
 }

@@ -130,7 +130,7 @@ impl Interceptor for Credentials {
 pub struct Backoff(u32);
 
 impl Backoff {
-    pub fn next(&mut self) -> Duration {
+    pub fn pause(&mut self) -> Duration {
         let base = Duration::from_millis(10)
             .saturating_mul(1 << self.0.min(11))
             .min(Duration::from_secs(15));

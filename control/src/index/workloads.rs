@@ -547,7 +547,7 @@ fn add_service(key: &Key, service: &Service, settings: &Settings, builder: &mut 
             .iter()
             .map(|ip| wire::NetworkAddress {
                 network: String::new(),
-                address: octets(*ip).into(),
+                address: octets(*ip),
                 length: None,
             })
             .collect(),
@@ -659,7 +659,7 @@ fn add_external(key: &Key, external: &ExternalService, builder: &mut Builder<'_>
             .iter()
             .map(|net| wire::NetworkAddress {
                 network: String::new(),
-                address: octets(net.network()).into(),
+                address: octets(net.network()),
                 length: Some(net.prefix_len().into()),
             })
             .collect(),

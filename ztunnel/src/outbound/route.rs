@@ -52,7 +52,6 @@ pub struct Hop {
 pub struct Passthrough {
     pub address: SocketAddr,
     pub endpoint: Option<Arc<Workload>>,
-    pub service: Option<Arc<Service>>,
     pub would_deny: Option<Denial>,
 }
 
@@ -167,7 +166,6 @@ fn to_service(
         return Route::Direct(Passthrough {
             address: destination,
             endpoint: None,
-            service: Some(service.clone()),
             would_deny: None,
         });
     }
@@ -243,7 +241,6 @@ fn to_endpoint(endpoint: &Arc<Workload>, service: Option<&Arc<Service>>, target:
         Protocol::Tcp => Route::Direct(Passthrough {
             address: target,
             endpoint: Some(endpoint.clone()),
-            service: service.cloned(),
             would_deny: None,
         }),
     }
@@ -258,7 +255,6 @@ fn to_stranger(config: &MeshConfig, destination: SocketAddr) -> Route {
         EgressMode::Allow => Route::Direct(Passthrough {
             address: destination,
             endpoint: None,
-            service: None,
             would_deny: None,
         }),
         EgressMode::RegistryOnly => Route::Refuse(Refusal::Undeclared(destination.ip())),

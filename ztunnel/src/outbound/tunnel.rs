@@ -104,8 +104,8 @@ impl TunnelError {
             Self::Identity | Self::NoSocket | Self::Config(_) => false,
             Self::Timeout { .. } | Self::Connect { .. } | Self::Dial(_) => true,
             Self::Open(OpenError::Refused(status)) => *status == http::StatusCode::SERVICE_UNAVAILABLE,
-            Self::Open(OpenError::Closing(_)) => true,
-            Self::Open(OpenError::Failed(_) | OpenError::Request(_)) => false,
+            Self::Open(OpenError::Closing(_) | OpenError::Failed(_)) => true,
+            Self::Open(OpenError::Request(_)) => false,
             Self::Shared(error) => error.elsewhere(),
         }
     }
@@ -148,11 +148,12 @@ impl Tunnels {
             trust: credential.bundles.generation,
         };
         let slot = self.slots.lock().entry(key).or_default().clone();
-        // A tunnel may close between being chosen and being used; nothing was sent then.
+        // A tunnel may close between being chosen and being used. No byte of the application's is sent before
+        // the 200, so another tunnel may be asked.
         for _ in 0..3 {
             let tunnel = slot.tunnel(pod, context, hop, &credential).await?;
             match tunnel.open(connect).await {
-                Err(OpenError::Closing(_)) => slot.forget(&tunnel).await,
+                Err(OpenError::Closing(_) | OpenError::Failed(_)) => slot.forget(&tunnel).await,
                 opened => return Ok(opened?),
             }
         }

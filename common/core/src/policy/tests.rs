@@ -329,9 +329,9 @@ mod oracle {
     fn text(want: &StringMatch, value: &str) -> bool {
         match want {
             StringMatch::Exact(x) => value == &**x,
-            StringMatch::Prefix(x) => value.len() >= x.len() && &value[..x.len()] == &**x,
-            StringMatch::Suffix(x) => value.len() >= x.len() && &value[value.len() - x.len()..] == &**x,
-            StringMatch::Presence => value != "",
+            StringMatch::Prefix(x) => value.len() >= x.len() && value[..x.len()] == **x,
+            StringMatch::Suffix(x) => value.len() >= x.len() && value[value.len() - x.len()..] == **x,
+            StringMatch::Presence => !value.is_empty(),
         }
     }
 

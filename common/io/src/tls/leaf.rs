@@ -92,7 +92,7 @@ pub(super) fn check_intermediate(certificate: &CertificateDer<'_>) -> Result<(),
 
 pub(super) fn parse<'a>(der: &'a CertificateDer<'_>) -> Result<X509Certificate<'a>, LeafError> {
     match X509Certificate::from_der(der) {
-        Ok((rest, certificate)) if rest.is_empty() => Ok(certificate),
+        Ok(([], certificate)) => Ok(certificate),
         _ => Err(LeafError::Malformed),
     }
 }

@@ -96,7 +96,7 @@ pub fn start(settings: Settings) -> Result<(Discovery, impl Future<Output = ()> 
             if started.elapsed() > Duration::from_secs(1) {
                 backoff.reset();
             }
-            let pause = backoff.next();
+            let pause = backoff.pause();
             tracing::warn!(reason = %ended, retry_in = ?pause, "stream to control ended; serving what is known");
             tokio::time::sleep(pause).await;
         }

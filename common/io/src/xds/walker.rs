@@ -105,7 +105,7 @@ mod tests {
         };
         let address = || {
             vec![Address {
-                address: vec![10, 0, 0, 1].into(),
+                address: vec![10, 0, 0, 1],
                 length: 32,
             }]
         };

@@ -491,7 +491,10 @@ fn the_older_ztunnel_drains_once_the_younger_is_ready() {
         assert_eq!(new.pod().await.1.len(), 5);
         let introduced = |give| {
             move |message| match message {
-                from_agent::Message::Introduce(introduce) => Some(assert_eq!(introduce.give, give)),
+                from_agent::Message::Introduce(introduce) => {
+                    assert_eq!(introduce.give, give);
+                    Some(())
+                }
                 _ => None,
             }
         };

@@ -25,7 +25,7 @@ pub async fn attend(control: Control, events: mpsc::Sender<Event>) {
         if began.elapsed() >= GOOD {
             backoff.reset();
         }
-        let wait = backoff.next();
+        let wait = backoff.pause();
         tracing::warn!(reason = %ended, ?wait, "the stream to control is down");
         if events.send(Event::ControlLost).await.is_err() {
             return;
