@@ -16,7 +16,7 @@ const SHARDS: usize = 256;
 /// One piece; absent until something is in it.
 type Shard<K, V> = Option<Arc<HashMap<K, V>>>;
 
-/// A hash map in [`SHARDS`] shared pieces.
+/// A hash map in 256 shared pieces.
 #[derive(Debug, Clone)]
 pub struct Shards<K, V> {
     shards: Box<[Shard<K, V>]>,
