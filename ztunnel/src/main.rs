@@ -23,6 +23,7 @@ mod passthrough;
 mod pods;
 mod privilege;
 mod recheck;
+mod seccomp;
 mod sockets;
 mod workers;
 
@@ -40,6 +41,8 @@ use tokio::{
 fn main() -> anyhow::Result<()> {
     let config = Config::parse();
     privilege::give_up()?;
+    // Before any other thread exists, so that none is without it.
+    seccomp::confine()?;
     log(&config)?;
     anyhow::ensure!(
         config.admin.ip().is_loopback(),
