@@ -15,6 +15,8 @@ mod admin;
 mod config;
 mod connections;
 mod context;
+#[cfg(test)]
+mod fixtures;
 mod inbound;
 mod metrics;
 mod node_protocol;
