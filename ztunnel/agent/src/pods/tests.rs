@@ -41,6 +41,31 @@ fn on_node(test: impl AsyncFnOnce(&Lab) + Send) {
     lab.node.enter(run).unwrap();
 }
 
+/// A node's folder; the namespaces that agents have mounted in it go with it.
+struct Folder(tempfile::TempDir);
+
+impl Folder {
+    fn new() -> Self {
+        Self(tempfile::tempdir().unwrap())
+    }
+
+    fn path(&self) -> &Path {
+        self.0.path()
+    }
+}
+
+impl Drop for Folder {
+    fn drop(&mut self) {
+        for kept in std::fs::read_dir(self.path().join("run/netns"))
+            .into_iter()
+            .flatten()
+            .flatten()
+        {
+            let _ = nix::mount::umount2(&kept.path(), nix::mount::MntFlags::MNT_DETACH);
+        }
+    }
+}
+
 /// The agent without its process; dropping it is what SIGKILL is to the real one.
 struct Agent<'a> {
     folder: &'a Path,
@@ -254,7 +279,7 @@ fn serve_on(netns: &Netns, to: (IpAddr, u16)) -> TcpListener {
 #[test]
 fn a_pod_starts_captured_and_its_sockets_reach_what_was_declared() {
     on_node(async |lab| {
-        let folder = tempfile::tempdir().unwrap();
+        let folder = Folder::new();
         let mut agent = Agent::with_pod(folder.path(), lab).await;
         agent.reported(CaptureState::Captured).await;
         let ztunnel = agent.ztunnel().await;
@@ -301,7 +326,7 @@ fn a_pod_starts_captured_and_its_sockets_reach_what_was_declared() {
 #[test]
 fn f05_a_pod_is_held_until_control_has_spoken() {
     on_node(async |lab| {
-        let folder = tempfile::tempdir().unwrap();
+        let folder = Folder::new();
         let mut agent = Agent::start(folder.path()).await;
         let began = Instant::now();
         let answer = agent.add(lab).await;
@@ -328,7 +353,7 @@ fn f05_a_pod_is_held_until_control_has_spoken() {
 #[test]
 fn f16_enrolment_fails_loudly_when_the_app_has_the_port() {
     on_node(async |lab| {
-        let folder = tempfile::tempdir().unwrap();
+        let folder = Folder::new();
         let _app = serve_on(&lab.pod, (IpAddr::from([0; 4]), 15001));
         let mut agent = Agent::start(folder.path()).await;
         agent.control().await;
@@ -349,7 +374,7 @@ fn f16_enrolment_fails_loudly_when_the_app_has_the_port() {
 #[test]
 fn f07_flushed_rules_are_back_within_two_seconds_and_control_hears_of_it() {
     on_node(async |lab| {
-        let folder = tempfile::tempdir().unwrap();
+        let folder = Folder::new();
         let mut agent = Agent::with_pod(folder.path(), lab).await;
         agent.reported(CaptureState::Captured).await;
         for (netns, name) in [(&lab.pod, "in the pod"), (&lab.node, "on the host")] {
@@ -366,7 +391,7 @@ fn f07_flushed_rules_are_back_within_two_seconds_and_control_hears_of_it() {
 #[test]
 fn f08_a_lost_listener_accepts_again_within_two_seconds() {
     on_node(async |lab| {
-        let folder = tempfile::tempdir().unwrap();
+        let folder = Folder::new();
         let mut agent = Agent::with_pod(folder.path(), lab).await;
         agent.reported(CaptureState::Captured).await;
         let (_, fds) = agent.ztunnel().await.pod().await;
@@ -384,7 +409,7 @@ fn f08_a_lost_listener_accepts_again_within_two_seconds() {
 fn d2_a_restarted_agent_takes_back_what_ztunnel_held() {
     on_node(async |lab| {
         for path in ["mount", "listener"] {
-            let folder = tempfile::tempdir().unwrap();
+            let folder = Folder::new();
             let mut agent = Agent::with_pod(folder.path(), lab).await;
             agent.reported(CaptureState::Captured).await;
             let (before, fds) = agent.ztunnel().await.pod().await;
@@ -426,7 +451,7 @@ fn d2_a_restarted_agent_takes_back_what_ztunnel_held() {
 #[test]
 fn t40_another_namespaces_listeners_are_not_taken_back() {
     on_node(async |lab| {
-        let folder = tempfile::tempdir().unwrap();
+        let folder = Folder::new();
         let mut agent = Agent::with_pod(folder.path(), lab).await;
         agent.reported(CaptureState::Captured).await;
         let (before, fds) = agent.ztunnel().await.pod().await;
@@ -454,7 +479,7 @@ fn t40_another_namespaces_listeners_are_not_taken_back() {
 #[test]
 fn f09_a_pod_that_leaves_keeps_its_connections_until_they_had_their_time() {
     on_node(async |lab| {
-        let folder = tempfile::tempdir().unwrap();
+        let folder = Folder::new();
         let mut agent = Agent::with_pod(folder.path(), lab).await;
         agent.reported(CaptureState::Captured).await;
         let ztunnel = agent.ztunnel().await;
@@ -481,7 +506,7 @@ fn f09_a_pod_that_leaves_keeps_its_connections_until_they_had_their_time() {
 #[test]
 fn the_older_ztunnel_drains_once_the_younger_is_ready() {
     on_node(async |lab| {
-        let folder = tempfile::tempdir().unwrap();
+        let folder = Folder::new();
         let agent = Agent::with_pod(folder.path(), lab).await;
         let old = agent.ztunnel().await;
         old.pod().await;
@@ -508,7 +533,7 @@ fn the_older_ztunnel_drains_once_the_younger_is_ready() {
 #[test]
 fn t57_strangers_and_garbage_are_sent_away_and_the_agent_lives() {
     on_node(async |lab| {
-        let folder = tempfile::tempdir().unwrap();
+        let folder = Folder::new();
         let agent = Agent::start_for(folder.path(), 4242).await;
         let stranger = Ztunnel::connect(&folder.path().join("ztunnel.sock")).await;
         assert!(
@@ -551,7 +576,7 @@ fn t57_strangers_and_garbage_are_sent_away_and_the_agent_lives() {
 #[test]
 fn f07_only_a_pod_that_ran_outside_of_the_mesh_has_a_grace() {
     on_node(async |lab| {
-        let folder = tempfile::tempdir().unwrap();
+        let folder = Folder::new();
         let mut agent = Agent::with_pod(folder.path(), lab).await;
         agent.reported(CaptureState::Captured).await;
         let mesh_is_shut = || {
