@@ -15,7 +15,7 @@ pub async fn accept_loop<F>(
     listener: TcpListener,
     pod: Arc<Pod>,
     context: Arc<Context>,
-    serve: fn(Accepted, Arc<Pod>, Arc<Context>) -> F,
+    serve: impl Fn(Accepted, Arc<Pod>, Arc<Context>) -> F,
 ) where
     F: Future<Output = ()> + Send + 'static,
 {

@@ -87,6 +87,7 @@ pub fn service(key: &str, vip: &str, change: impl FnOnce(&mut Service)) -> Chang
             target: None,
         }]
         .into(),
+        port_names: [].into(),
         subject_alt_names: [].into(),
         waypoint: None,
         balancing: Balancing::default(),

@@ -15,6 +15,7 @@ mod admin;
 mod config;
 mod connections;
 mod context;
+mod dns;
 #[cfg(test)]
 mod fixtures;
 mod inbound;

@@ -35,6 +35,8 @@ pub struct Metrics {
     pub cut: IntCounterVec,
     /// Seconds from a snapshot's publication to the end of its recheck.
     pub recheck_seconds: prometheus::Histogram,
+    /// DNS queries, by what became of them.
+    pub dns: IntCounterVec,
     /// Pods served now.
     pub pods: IntGauge,
     /// Number of the snapshot in use.
@@ -111,6 +113,11 @@ impl Metrics {
                 &["direction", "outcome"],
             )?,
             handshake_seconds,
+            dns: counter(
+                "culvert_dns_queries_total",
+                "DNS queries by outcome",
+                &["outcome"],
+            )?,
             cut: counter(
                 "culvert_connections_cut_total",
                 "Connections cut by a change",

@@ -10,7 +10,7 @@
 use crate::{
     accept::accept_loop,
     context::Context,
-    inbound, outbound, passthrough,
+    dns, inbound, outbound, passthrough,
     pods::{Introduction, Pod},
     sockets::Sockets,
     workers::Workers,
@@ -24,6 +24,7 @@ use culvert_proto::agent::{
 use parking_lot::Mutex;
 use std::{
     collections::HashMap,
+    io,
     net::{IpAddr, SocketAddr},
     os::fd::{AsFd, OwnedFd},
     path::PathBuf,
@@ -34,7 +35,7 @@ use std::{
     time::Duration,
 };
 use tokio::{
-    net::TcpListener,
+    net::{TcpListener, UdpSocket},
     sync::{mpsc, oneshot},
 };
 
@@ -314,37 +315,50 @@ impl Node {
                     continue;
                 }
             };
-            if matches!(kind, Listener::DnsTcp | Listener::DnsUdp) {
-                continue;
-            }
+            let resolver = address(&what.resolver);
             let (pod, context) = (pod.clone(), self.context.clone());
             worker.spawn(async move {
                 context.discovery.ready().await;
-                let listener = std::net::TcpListener::from(fd);
-                let listener = match listener
-                    .set_nonblocking(true)
-                    .and_then(|()| TcpListener::from_std(listener))
-                {
-                    Ok(listener) => listener,
-                    Err(error) => {
-                        return tracing::error!(pod = %pod.name, %error, "a listener cannot be used");
-                    }
-                };
-                match kind {
-                    Listener::Outbound => {
-                        accept_loop(listener, pod, context, outbound::capture::serve).await;
-                    }
-                    Listener::InboundPlaintext => {
-                        accept_loop(listener, pod, context, passthrough::serve).await;
-                    }
-                    Listener::InboundHbone => {
-                        accept_loop(listener, pod, context, inbound::accept::serve).await;
-                    }
-                    Listener::DnsTcp | Listener::DnsUdp => {}
+                let name = pod.name.clone();
+                if let Err(error) = listen(kind, fd, resolver, pod, context).await {
+                    tracing::error!(pod = name, ?kind, %error, "a listener cannot be used");
                 }
             });
         }
     }
+}
+
+/// Serves what comes to one listener until the pod leaves or draining begins.
+async fn listen(
+    kind: Listener,
+    fd: OwnedFd,
+    resolver: Option<IpAddr>,
+    pod: Arc<Pod>,
+    context: Arc<Context>,
+) -> io::Result<()> {
+    let no_resolver = || io::Error::other("the agent named no resolver for it");
+    if kind == Listener::DnsUdp {
+        let listener = std::net::UdpSocket::from(fd);
+        listener.set_nonblocking(true)?;
+        let listener = UdpSocket::from_std(listener)?;
+        dns::serve_udp(listener, resolver.ok_or_else(no_resolver)?, pod, context).await;
+        return Ok(());
+    }
+    let listener = std::net::TcpListener::from(fd);
+    listener.set_nonblocking(true)?;
+    let listener = TcpListener::from_std(listener)?;
+    match kind {
+        Listener::Outbound => accept_loop(listener, pod, context, outbound::capture::serve).await,
+        Listener::InboundPlaintext => accept_loop(listener, pod, context, passthrough::serve).await,
+        Listener::InboundHbone => accept_loop(listener, pod, context, inbound::accept::serve).await,
+        Listener::DnsTcp => {
+            let resolver = resolver.ok_or_else(no_resolver)?;
+            let serve = move |accepted, pod, context| dns::serve_tcp(accepted, resolver, pod, context);
+            accept_loop(listener, pod, context, serve).await;
+        }
+        Listener::DnsUdp => {}
+    }
+    Ok(())
 }
 
 async fn send(channel: &Channel, message: Message) -> Result<(), SocketError> {

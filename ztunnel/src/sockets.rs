@@ -11,7 +11,7 @@ use culvert_proto::agent::{FromZtunnel, SocketKind, WantSockets, from_ztunnel::M
 use parking_lot::Mutex;
 use std::{collections::VecDeque, os::fd::OwnedFd, time::Duration};
 use tokio::{
-    net::TcpSocket,
+    net::{TcpSocket, UdpSocket},
     sync::{Notify, mpsc},
 };
 
@@ -114,6 +114,12 @@ impl Sockets {
             }
         };
         tokio::time::timeout(PATIENCE, taken).await.ok()
+    }
+
+    /// A UDP socket of the pod, unbound.
+    pub async fn udp(&self, v6: bool) -> Option<UdpSocket> {
+        let socket = self.take(SocketKind::Udp, v6).await?;
+        UdpSocket::from_std(std::net::UdpSocket::from(socket)).ok()
     }
 
     /// A TCP socket of the pod, unbound; none if the agent gives none in time.

@@ -193,6 +193,8 @@ pub struct Service {
     /// Ranges of a declared external destination.
     pub ranges: Box<[IpNet]>,
     pub ports: Box<[PortMap]>,
+    /// The ports that have names, as SRV queries ask for them.
+    pub port_names: Box<[(Arc<str>, u16)]>,
     /// Identities that are accepted beside the endpoint's own.
     pub subject_alt_names: Box<[SpiffeId]>,
     pub waypoint: Option<Gateway>,

@@ -26,6 +26,11 @@ pub enum Change {
     RemoveService(ServiceKey),
     /// Control's explicit answer that nothing has this address.
     Unknown(NetworkAddress),
+    /// Control's explicit answer that there is no such service.
+    UnknownService(ServiceKey),
+    /// The answer about a name or an address is no longer kept up to date: it counts as never given.
+    Forget(NetworkAddress),
+    ForgetService(ServiceKey),
     Policy(Box<Policy>),
     RemovePolicy(PolicyKey),
     OutboundPolicy(Box<Policy>),
@@ -143,6 +148,7 @@ pub struct Snapshot {
     ranges: Arc<Vec<(IpNet, Arc<Service>)>>,
     endpoints: Shards<ServiceKey, Arc<Vec<Arc<Workload>>>>,
     unknown: Shards<NetworkAddress, ()>,
+    unknown_services: Shards<ServiceKey, ()>,
     /// In force where a connection arrives.
     pub inbound: PolicySet,
     /// In force where a connection starts.
@@ -228,6 +234,11 @@ impl Snapshot {
             .map(|(_, service)| service)
     }
 
+    /// Whether control has said that there is no such service.
+    pub fn is_unknown(&self, service: &ServiceKey) -> bool {
+        self.unknown_services.get(service).is_some()
+    }
+
     /// The service that a client in `namespace` means by `hostname` (lower case, no dot at its end).
     pub fn service_named(&self, hostname: &str, namespace: &str) -> Option<&Arc<Service>> {
         preferred(self.by_hostname.get(hostname)?.iter(), namespace)
@@ -242,6 +253,15 @@ impl Snapshot {
             Change::RemoveService(key) => self.remove_service(&key),
             Change::Unknown(address) => {
                 self.unknown.insert(address, ());
+            }
+            Change::UnknownService(key) => {
+                self.unknown_services.insert(key, ());
+            }
+            Change::Forget(address) => {
+                self.unknown.remove(&address);
+            }
+            Change::ForgetService(key) => {
+                self.unknown_services.remove(&key);
             }
             Change::Policy(policy) => self.inbound.insert(*policy),
             Change::RemovePolicy(key) => self.inbound.remove(&key),
@@ -295,6 +315,7 @@ impl Snapshot {
 
     fn insert_service(&mut self, service: Service) {
         self.remove_service(&service.key);
+        self.unknown_services.remove(&service.key);
         let service = Arc::new(service);
         for vip in &service.vips {
             self.unknown.remove(vip);

@@ -9,6 +9,7 @@
 
 mod client;
 pub mod decode;
+mod questions;
 pub mod walker;
 
 pub use client::{Discovery, Mode, Settings, start};

@@ -538,6 +538,15 @@ fn add_service(key: &Key, service: &Service, settings: &Settings, builder: &mut 
     let options = mesh::ServiceOptions {
         client_ip_affinity_seconds: affinity.unwrap_or_default(),
         use_terminating: true,
+        port_names: spec
+            .ports
+            .iter()
+            .filter(|port| !port.name.is_empty() && matches!(port.protocol.as_str(), "" | "TCP"))
+            .map(|port| mesh::PortName {
+                service_port: port.port.into(),
+                name: port.name.clone(),
+            })
+            .collect(),
     };
     let message = wire::Service {
         name: key.name.clone(),

@@ -64,6 +64,7 @@ fn service(key: &str, vip: &str) -> Service {
             target: None,
         }]
         .into(),
+        port_names: [].into(),
         subject_alt_names: [].into(),
         waypoint: None,
         balancing: Balancing::default(),

@@ -1,11 +1,14 @@
 //! The delta ADS client.
 
-use super::decode::{DecodeError, decode};
+use super::{
+    decode::{DecodeError, decode},
+    questions::{Question, Questions},
+};
 use crate::control::{Backoff, Control, ControlError};
 use arc_swap::ArcSwap;
 use culvert_core::{
-    ids::{NetworkAddress, NetworkId, ServiceKey, WorkloadUid},
-    snapshot::{Change, Lookup, Snapshot},
+    ids::{NetworkAddress, ServiceKey, WorkloadUid},
+    snapshot::{Change, Snapshot},
 };
 use culvert_proto::{
     discovery::{
@@ -15,7 +18,7 @@ use culvert_proto::{
     rpc, type_url,
 };
 use std::{
-    collections::{BTreeSet, HashMap},
+    collections::HashMap,
     sync::Arc,
     time::{Duration, Instant},
 };
@@ -49,6 +52,10 @@ const TYPES: [&str; 4] = [
 /// How long a look-up waits for control's answer (settled D12).
 const ANSWER_DEADLINE: Duration = Duration::from_secs(5);
 
+/// How long a name waits: resolvers of applications give up after a few seconds, and what is not answered
+/// here is asked of the cluster's own resolver.
+const NAME_DEADLINE: Duration = Duration::from_secs(1);
+
 /// Largest response that is read.
 const MAX_RESPONSE: usize = 200 * 1024 * 1024;
 
@@ -63,7 +70,7 @@ struct Shared {
     snapshot: ArcSwap<Snapshot>,
     generation: watch::Sender<u64>,
     ready: watch::Sender<bool>,
-    lookups: mpsc::Sender<NetworkAddress>,
+    lookups: mpsc::Sender<Question>,
 }
 
 /// Makes a client. The second value is its task: it never ends by itself.
@@ -84,7 +91,7 @@ pub fn start(settings: Settings) -> Result<(Discovery, impl Future<Output = ()> 
         shared: shared.clone(),
         snapshot: Snapshot::default(),
         types: TYPES.map(|url| (url, TypeState::default())).into(),
-        subscribed: BTreeSet::new(),
+        questions: Questions::default(),
         source: None,
     };
     let task = async move {
@@ -139,22 +146,31 @@ impl Discovery {
     /// Waits until control has answered for `address`, at most 5 s. Returns at once when it has.
     /// Cancel safe; the question stays asked.
     pub async fn resolve(&self, address: &NetworkAddress) {
-        let unanswered = |snapshot: &Snapshot| matches!(snapshot.lookup(address, ""), Lookup::Unanswered);
-        if !unanswered(&self.0.snapshot.load()) {
+        self.ask(Question::Address(address.clone()), ANSWER_DEADLINE)
+            .await;
+    }
+
+    /// Waits until control has answered for a service, at most 1 s; otherwise as `resolve`.
+    pub async fn resolve_service(&self, key: &ServiceKey) {
+        self.ask(Question::Service(key.clone()), NAME_DEADLINE).await;
+    }
+
+    async fn ask(&self, question: Question, patience: Duration) {
+        if question.is_answered(&self.0.snapshot.load()) {
             return;
         }
         let mut generations = self.0.generation.subscribe();
         let answer = async {
-            if self.0.lookups.send(address.clone()).await.is_err() {
+            if self.0.lookups.send(question.clone()).await.is_err() {
                 return;
             }
-            while unanswered(&self.0.snapshot.load()) {
+            while !question.is_answered(&self.0.snapshot.load()) {
                 if generations.changed().await.is_err() {
                     return;
                 }
             }
         };
-        let _ = tokio::time::timeout(ANSWER_DEADLINE, answer).await;
+        let _ = tokio::time::timeout(patience, answer).await;
     }
 }
 
@@ -185,8 +201,7 @@ struct Client {
     shared: Arc<Shared>,
     snapshot: Snapshot,
     types: HashMap<&'static str, TypeState>,
-    /// Addresses asked for on demand.
-    subscribed: BTreeSet<String>,
+    questions: Questions,
     /// Control's uid and the highest version it has served.
     source: Option<(String, u64)>,
 }
@@ -197,7 +212,7 @@ type Service = AggregatedDiscoveryServiceClient<
 
 impl Client {
     /// Runs one stream to its end and says why it ended.
-    async fn stream(&mut self, mut service: Service, wanted: &mut mpsc::Receiver<NetworkAddress>) -> String {
+    async fn stream(&mut self, mut service: Service, wanted: &mut mpsc::Receiver<Question>) -> String {
         let (requests, outgoing) = mpsc::channel(64);
         for url in TYPES {
             let first = self.first_request(url);
@@ -224,8 +239,8 @@ impl Client {
                     Ok(None) => return "control has closed the stream".to_owned(),
                     Err(status) => return status.message().to_owned(),
                 },
-                Some(address) = wanted.recv() => {
-                    if let Some(request) = self.ask(&address)
+                Some(question) = wanted.recv() => {
+                    if let Some(request) = self.ask(question)
                         && requests.send(request).await.is_err()
                     {
                         return "control has closed the stream".to_owned();
@@ -254,35 +269,43 @@ impl Client {
         };
         if url == type_url::ADDRESS && self.settings.mode == Mode::OnDemand {
             request.resource_names_subscribe = std::iter::once("*".to_owned())
-                .chain(self.subscribed.iter().cloned())
+                .chain(self.questions.names().map(str::to_owned))
                 .collect();
             request.resource_names_unsubscribe = vec!["*".to_owned()];
         }
         request
     }
 
-    /// What to send so that `address` is answered for, if anything.
-    fn ask(&mut self, address: &NetworkAddress) -> Option<DeltaDiscoveryRequest> {
-        if !matches!(self.snapshot.lookup(address, ""), Lookup::Unanswered) {
+    /// What to send so that a question is answered, if anything.
+    fn ask(&mut self, question: Question) -> Option<DeltaDiscoveryRequest> {
+        if question.is_answered(&self.snapshot) {
             return None;
         }
         match self.settings.mode {
             // Everything has been listed: what is not there is not known.
             Mode::Wildcard => {
                 if self.types[type_url::ADDRESS].listed {
-                    self.publish([Change::Unknown(address.clone())]);
+                    let asked = self.questions.ask(&question, &self.snapshot);
+                    let forgotten = asked.and_then(|asked| asked.forgotten);
+                    self.publish(
+                        forgotten
+                            .map(|old| old.forget())
+                            .into_iter()
+                            .chain([question.unknown()]),
+                    );
                 }
                 None
             }
             Mode::OnDemand => {
-                let name = address.resource_name();
-                self.subscribed
-                    .insert(name.clone())
-                    .then(|| DeltaDiscoveryRequest {
-                        type_url: type_url::ADDRESS.to_owned(),
-                        resource_names_subscribe: vec![name],
-                        ..DeltaDiscoveryRequest::default()
-                    })
+                let asked = self.questions.ask(&question, &self.snapshot)?;
+                let unsubscribe = asked.forgotten.iter().map(Question::resource_name).collect();
+                self.publish(asked.forgotten.map(|old| old.forget()));
+                Some(DeltaDiscoveryRequest {
+                    type_url: type_url::ADDRESS.to_owned(),
+                    resource_names_subscribe: vec![question.resource_name()],
+                    resource_names_unsubscribe: unsubscribe,
+                    ..DeltaDiscoveryRequest::default()
+                })
             }
         }
     }
@@ -377,15 +400,8 @@ impl Client {
                 Named::OutboundPolicy(key) => Some(Change::RemoveOutboundPolicy(key)),
                 Named::Config => None,
             },
-            // An address that was asked for and that nothing has.
-            None => {
-                let (network, ip) = name.rsplit_once('/')?;
-                let ip = ip.parse().ok()?;
-                Some(Change::Unknown(NetworkAddress {
-                    network: NetworkId::from(network),
-                    ip,
-                }))
-            }
+            // Something that was asked for and that nothing is.
+            None => self.questions.named(name).map(Question::unknown),
         }
     }
 

@@ -240,6 +240,16 @@ fn service(one: wire::Service) -> Result<Service, DecodeError> {
         vips: vips.into(),
         ranges: ranges.into(),
         ports: ports(&one.ports)?,
+        port_names: extra
+            .port_names
+            .iter()
+            .map(|named| {
+                Ok((
+                    named.name.to_ascii_lowercase().into(),
+                    port("port_names", named.service_port)?,
+                ))
+            })
+            .collect::<Result<_, DecodeError>>()?,
         subject_alt_names: one
             .subject_alt_names
             .iter()

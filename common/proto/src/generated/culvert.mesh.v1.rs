@@ -40,7 +40,7 @@ pub struct FederatedTrustDomain {
     pub roots_pem: ::prost::alloc::string::String,
 }
 /// Config of the `Service` extension named `culvert.dev/service`: the fields that kube-proxy honours.
-#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+#[derive(Clone, PartialEq, ::prost::Message)]
 pub struct ServiceOptions {
     /// `sessionAffinity: ClientIP`; 0 is off.
     #[prost(uint32, tag = "1")]
@@ -48,6 +48,16 @@ pub struct ServiceOptions {
     /// Terminating endpoints that still serve are used when no ready one is left.
     #[prost(bool, tag = "2")]
     pub use_terminating: bool,
+    /// Names of its TCP ports, for SRV answers.
+    #[prost(message, repeated, tag = "3")]
+    pub port_names: ::prost::alloc::vec::Vec<PortName>,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct PortName {
+    #[prost(uint32, tag = "1")]
+    pub service_port: u32,
+    #[prost(string, tag = "2")]
+    pub name: ::prost::alloc::string::String,
 }
 /// Config of the `Workload` extension named `culvert.dev/workload`.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]

@@ -1,0 +1,57 @@
+use super::*;
+use std::str::FromStr;
+
+fn query(name: &str, kind: RecordType) -> Vec<u8> {
+    let mut message = Message::query();
+    message.metadata.id = 9;
+    message.add_query(hickory_proto::op::Query::query(
+        Name::from_str(name).unwrap(),
+        kind,
+    ));
+    message.to_vec().unwrap()
+}
+
+#[test]
+fn a_reply_repeats_the_question_and_carries_the_addresses() {
+    let question = Question::decode(&query("Cart.Shop.svc.", RecordType::A)).unwrap();
+    let asked = question.asked().unwrap();
+    assert_eq!((asked.name.as_str(), asked.kind), ("cart.shop.svc", Kind::A));
+    let answer = Answer::Addresses(vec!["10.96.0.1".parse().unwrap()]);
+    let reply = question.reply(&answer, Transport::Udp);
+    assert!(question.is_answered_by(&reply), "letter by letter");
+    let reply = Message::from_vec(&reply).unwrap();
+    assert_eq!((reply.metadata.id, reply.answers.len()), (9, 1));
+}
+
+#[test]
+fn what_does_not_fit_a_datagram_is_truncated_and_asked_again_by_tcp() {
+    let question = Question::decode(&query("cart.shop.svc.", RecordType::A)).unwrap();
+    let many = (0..200u8)
+        .map(|last| std::net::Ipv4Addr::new(10, 0, 0, last).into())
+        .collect();
+    let answer = Answer::Addresses(many);
+    let by_udp = Message::from_vec(&question.reply(&answer, Transport::Udp)).unwrap();
+    assert!(by_udp.metadata.truncation);
+    let by_tcp = Message::from_vec(&question.reply(&answer, Transport::Tcp)).unwrap();
+    assert_eq!((by_tcp.metadata.truncation, by_tcp.answers.len()), (false, 200));
+}
+
+#[test]
+fn t30_broken_queries_are_errors_and_never_a_panic() {
+    let good = query("cart.shop.svc.", RecordType::A);
+    for length in 0..good.len() {
+        let _ = Question::decode(&good[..length]);
+    }
+    // A name that points at itself.
+    let mut looped = good[..12].to_vec();
+    looped.extend([0xc0, 12, 0, 1, 0, 1]);
+    assert!(Question::decode(&looped).is_err());
+    for seed in 0..2000u32 {
+        let bytes: Vec<u8> = (0..seed % 64)
+            .map(|i| (i.wrapping_mul(seed ^ 0x9e37) >> 2) as u8)
+            .collect();
+        if let Ok(question) = Question::decode(&bytes) {
+            let _ = (question.asked(), question.printable(), question.failure());
+        }
+    }
+}
