@@ -4,6 +4,7 @@
 mod admission;
 mod faults;
 mod first;
+mod names;
 mod processes;
 mod programs;
 mod restarts;
