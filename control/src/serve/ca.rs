@@ -81,3 +81,6 @@ impl Ca {
             .map(|pod| pod.identity.clone())
     }
 }
+
+#[cfg(test)]
+mod tests;
