@@ -418,3 +418,6 @@ impl Client {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

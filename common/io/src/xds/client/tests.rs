@@ -1,0 +1,219 @@
+use super::*;
+use culvert_core::{ids::NetworkId, policy::Action};
+use culvert_proto::{security, workload as wire};
+use prost::Message;
+
+fn client(mode: Mode) -> Client {
+    let control = Control {
+        address: "https://127.0.0.1:15012".into(),
+        bundle: "/nowhere".into(),
+        name: "control.example".into(),
+        token: "/nowhere".into(),
+    };
+    let (lookups, _) = mpsc::channel(1);
+    let shared = Arc::new(Shared {
+        snapshot: ArcSwap::default(),
+        generation: watch::Sender::new(0),
+        ready: watch::Sender::new(false),
+        lookups,
+    });
+    Client {
+        settings: Settings {
+            control,
+            node: "a".into(),
+            mode,
+        },
+        shared,
+        snapshot: Snapshot::default(),
+        types: TYPES.map(|url| (url, TypeState::default())).into(),
+        questions: Questions::default(),
+        source: None,
+    }
+}
+
+fn pod(uid: &str, ip: [u8; 4]) -> Resource {
+    let workload = wire::Workload {
+        uid: uid.into(),
+        namespace: "shop".into(),
+        addresses: vec![ip.to_vec().into()],
+        ..wire::Workload::default()
+    };
+    resource(
+        uid,
+        &wire::Address {
+            r#type: Some(wire::address::Type::Workload(workload)),
+        },
+    )
+}
+
+fn resource(name: &str, message: &impl Message) -> Resource {
+    let any = prost_types::Any {
+        type_url: String::new(),
+        value: message.encode_to_vec(),
+    };
+    Resource {
+        name: name.into(),
+        version: "1".into(),
+        resource: Some(any),
+        ..Resource::default()
+    }
+}
+
+fn response(version: &str, url: &str, resources: Vec<Resource>, removed: &[&str]) -> DeltaDiscoveryResponse {
+    DeltaDiscoveryResponse {
+        system_version_info: version.into(),
+        type_url: url.into(),
+        nonce: "7".into(),
+        resources,
+        removed_resources: removed.iter().map(|name| (*name).to_owned()).collect(),
+    }
+}
+
+fn refusal(answer: &DeltaDiscoveryRequest) -> &str {
+    answer
+        .error_detail
+        .as_ref()
+        .map(|status| status.message.as_str())
+        .unwrap_or_default()
+}
+
+#[test]
+fn t53_an_older_view_of_the_same_source_is_refused_and_changes_nothing() {
+    let mut client = client(Mode::Wildcard);
+    let first = client.take(response(
+        "uid/9",
+        type_url::ADDRESS,
+        vec![pod("w", [10, 0, 0, 1])],
+        &[],
+    ));
+    assert_eq!((refusal(&first), first.response_nonce.as_str()), ("", "7"));
+    let older = client.take(response(
+        "uid/8",
+        type_url::ADDRESS,
+        vec![pod("x", [10, 0, 0, 2])],
+        &["w"],
+    ));
+    assert!(refusal(&older).contains("older"), "{older:?}");
+    assert_eq!(client.shared.snapshot.load().workload_count(), 1);
+    assert!(client.shared.snapshot.load().workload(&"w".into()).is_some());
+    // Another source counts for itself.
+    let other = client.take(response(
+        "new/1",
+        type_url::ADDRESS,
+        vec![pod("x", [10, 0, 0, 2])],
+        &[],
+    ));
+    assert_eq!(
+        (refusal(&other), client.shared.snapshot.load().workload_count()),
+        ("", 2)
+    );
+}
+
+#[test]
+fn t53_f45_absence_deletes_nothing_and_removal_does() {
+    let mut client = client(Mode::Wildcard);
+    client.take(response(
+        "uid/1",
+        type_url::ADDRESS,
+        vec![pod("w", [10, 0, 0, 1]), pod("x", [10, 0, 0, 2])],
+        &[],
+    ));
+    client.take(response("uid/2", type_url::ADDRESS, vec![], &[]));
+    assert_eq!(client.shared.snapshot.load().workload_count(), 2);
+    client.take(response("uid/3", type_url::ADDRESS, vec![], &["w"]));
+    assert_eq!(client.shared.snapshot.load().workload_count(), 1);
+}
+
+#[test]
+fn a_bad_resource_is_named_the_good_ones_apply_and_the_last_good_stays() {
+    let mut client = client(Mode::Wildcard);
+    client.take(response(
+        "uid/1",
+        type_url::ADDRESS,
+        vec![pod("w", [10, 0, 0, 1])],
+        &[],
+    ));
+    let mut bad = pod("w", [10, 0, 0, 9]);
+    bad.resource = Some(prost_types::Any {
+        type_url: String::new(),
+        value: vec![0xff; 7],
+    });
+    let answer = client.take(response(
+        "uid/2",
+        type_url::ADDRESS,
+        vec![bad, pod("x", [10, 0, 0, 2])],
+        &[],
+    ));
+    assert!(refusal(&answer).starts_with("w: "), "{answer:?}");
+    let snapshot = client.shared.snapshot.load();
+    let kept = snapshot.workload(&"w".into()).unwrap();
+    assert_eq!(kept.addresses[0].to_string(), "10.0.0.1");
+    assert!(snapshot.workload(&"x".into()).is_some());
+    let held = client.first_request(type_url::ADDRESS).initial_resource_versions;
+    assert_eq!(
+        held.len(),
+        2,
+        "a resource that was refused is held as it was before"
+    );
+}
+
+#[test]
+fn t06_a_policy_with_an_unknown_field_is_installed_as_one_that_denies() {
+    let mut client = client(Mode::Wildcard);
+    let policy = security::Authorization {
+        name: "p".into(),
+        namespace: "shop".into(),
+        ..Default::default()
+    };
+    let mut one = resource("shop/p", &policy);
+    // Field 99 of a newer control plane.
+    one.resource.as_mut().unwrap().value.extend([0x98, 0x06, 0x01]);
+    let answer = client.take(response("uid/1", type_url::AUTHORIZATION, vec![one], &[]));
+    assert_eq!(refusal(&answer), "");
+    let snapshot = client.shared.snapshot.load();
+    let installed = snapshot.inbound.get(&"shop/p".parse().unwrap()).unwrap();
+    assert!(installed.defect.is_some() && installed.action == Action::Deny);
+}
+
+#[test]
+fn it_is_ready_once_every_type_has_been_listed_even_empty() {
+    let mut client = client(Mode::OnDemand);
+    for (index, url) in TYPES.into_iter().enumerate() {
+        assert!(!*client.shared.ready.borrow(), "{index} of 4");
+        client.take(response("uid/1", url, vec![], &[]));
+    }
+    assert!(*client.shared.ready.borrow());
+}
+
+#[test]
+fn an_address_is_asked_for_once_and_nothing_there_is_an_answer() {
+    let mut client = client(Mode::OnDemand);
+    let at = NetworkAddress {
+        network: NetworkId::from(""),
+        ip: "10.0.0.9".parse().unwrap(),
+    };
+    let asked = client.ask(Question::Address(at.clone())).unwrap();
+    assert_eq!(asked.resource_names_subscribe, ["/10.0.0.9"]);
+    assert!(client.ask(Question::Address(at.clone())).is_none(), "once");
+    client.take(response("uid/1", type_url::ADDRESS, vec![], &["/10.0.0.9"]));
+    assert!(Question::Address(at).is_answered(&client.shared.snapshot.load()));
+    // After a reconnect it is still subscribed.
+    assert!(
+        client
+            .first_request(type_url::ADDRESS)
+            .resource_names_subscribe
+            .contains(&"/10.0.0.9".to_owned())
+    );
+}
+
+#[test]
+fn a_type_that_was_not_asked_for_is_refused() {
+    let mut client = client(Mode::Wildcard);
+    let answer = client.take(response(
+        "uid/1",
+        "type.googleapis.com/envoy.config.cluster.v3.Cluster",
+        vec![],
+        &[],
+    ));
+    assert!(refusal(&answer).contains("not asked for"));
+}
