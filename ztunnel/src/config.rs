@@ -39,10 +39,6 @@ pub struct Config {
     #[arg(long, env = "CULVERT_NODE")]
     pub node: String,
 
-    /// Folder for the last good snapshot; made with mode 0700. Keys are never written.
-    #[arg(long, env = "CULVERT_STATE_DIR")]
-    pub state_dir: PathBuf,
-
     /// Admin pages; loopback only.
     #[arg(long, env = "CULVERT_ADMIN", default_value = "127.0.0.1:15000")]
     pub admin: SocketAddr,
@@ -74,10 +70,6 @@ pub struct Config {
     /// Log filter, in the syntax of `tracing-subscriber`'s `EnvFilter`.
     #[arg(long, env = "CULVERT_LOG", default_value = "info")]
     pub log: String,
-
-    /// PEM file of certificate revocation lists, re-read when it changes.
-    #[arg(long, env = "CULVERT_CRL")]
-    pub crl: Option<PathBuf>,
 
     /// Open connections one workload may have, both directions together.
     #[arg(long, env = "CULVERT_MAX_CONNECTIONS", default_value_t = 20_000)]

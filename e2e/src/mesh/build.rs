@@ -3,7 +3,9 @@
 //! Invariant: what is tested is what the checkout says now; paths come from cargo's own messages.
 
 use std::collections::HashMap;
-use std::path::PathBuf;
+use std::fs;
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::OnceLock;
 
@@ -67,11 +69,42 @@ fn build() -> Result<Programs> {
             .remove(name)
             .with_context(|| format!("cargo built no program {name}"))
     };
+    let reachable = reachable_folder()?;
+    let mut reach = |name: &str| reach(&take(name)?, &reachable.join(name));
     Ok(Programs {
-        control: take("control")?,
-        agent: take("ztunnel-agent")?,
-        ztunnel: take("ztunnel")?,
+        control: reach("control")?,
+        agent: reach("ztunnel-agent")?,
+        ztunnel: reach("ztunnel")?,
     })
+}
+
+const REACHABLE: &str = "culvert-programs-";
+
+/// A folder that every user may enter, for this process alone; folders of processes that are gone go.
+///
+/// A build below somebody's home is not for ztunnel's user to start.
+fn reachable_folder() -> Result<PathBuf> {
+    let temporary = std::env::temp_dir();
+    for entry in fs::read_dir(&temporary)?.flatten() {
+        let name = entry.file_name();
+        let owner = name.to_str().and_then(|name| name.strip_prefix(REACHABLE));
+        if owner.is_some_and(|pid| !Path::new("/proc").join(pid).exists()) {
+            let _ = fs::remove_dir_all(entry.path());
+        }
+    }
+    let folder = temporary.join(format!("{REACHABLE}{}", std::process::id()));
+    let _ = fs::remove_dir_all(&folder);
+    fs::create_dir(&folder).with_context(|| folder.display().to_string())?;
+    fs::set_permissions(&folder, fs::Permissions::from_mode(0o755))?;
+    Ok(folder)
+}
+
+/// Puts a program there: by another link to the same file, or a copy on another file system.
+fn reach(program: &Path, there: &Path) -> Result<PathBuf> {
+    if fs::hard_link(program, there).is_err() {
+        fs::copy(program, there).with_context(|| there.display().to_string())?;
+    }
+    Ok(there.to_owned())
 }
 
 /// Programs by name, from cargo's messages: one JSON object a line.

@@ -379,7 +379,7 @@ impl MeshNode {
 
     fn prepare(&self, root: &Path) -> Result<()> {
         ensure!(root.is_file(), "control has written no trust bundle");
-        for folder in ["socket", "run", "state"] {
+        for folder in ["socket", "run"] {
             fs::create_dir_all(self.path(folder))?;
         }
         fs::create_dir_all(self.node.path("/run/netns"))?;
@@ -390,9 +390,6 @@ impl MeshNode {
             fs::set_permissions(&path, fs::Permissions::from_mode(0o400))?;
             chown(&path, Some(owner), Some(owner))?;
         }
-        let state = self.path("state");
-        fs::set_permissions(&state, fs::Permissions::from_mode(0o700))?;
-        chown(&state, Some(ZTUNNEL_UID), Some(ZTUNNEL_UID))?;
         Ok(())
     }
 
@@ -446,12 +443,7 @@ impl MeshNode {
     fn spawn_ztunnel(&self, pages: &[&str]) -> Result<Process> {
         let inside = |below: &str| format!("{}/{below}", self.folder);
         let mut command = Command::new(&programs()?.ztunnel);
-        command.args([
-            "--agent-socket",
-            &inside("socket/ztunnel.sock"),
-            "--state-dir",
-            &inside("state"),
-        ]);
+        command.args(["--agent-socket", &inside("socket/ztunnel.sock")]);
         command.args([
             "--control",
             &self.control,

@@ -66,14 +66,7 @@ fn ztunnel_refuses_to_run_with_privileges() {
             "--token",
             "/nowhere",
         ]);
-        command.args([
-            "--node",
-            "a",
-            "--state-dir",
-            "/nowhere",
-            "--agent-socket",
-            "/nowhere",
-        ]);
+        command.args(["--node", "a", "--agent-socket", "/nowhere"]);
         command
     };
     let as_root = pod.run(ztunnel()).unwrap();
