@@ -179,7 +179,10 @@ fn a_killed_lab_leaves_nothing_behind() {
 }
 
 fn end_a_lab_by(signal: Signal) {
-    let mut owner = Command::new(std::env::current_exe().unwrap())
+    // A shell that starts this in the background has it ignore SIGINT.
+    let mut owner = Command::new("env")
+        .arg("--default-signal=INT")
+        .arg(std::env::current_exe().unwrap())
         .args([
             "--exact",
             "a_lab_with_processes_stands_until_it_is_told_to_go",
