@@ -203,6 +203,8 @@ fn f46_a_label_that_makes_a_policy_match_cuts_like_an_edit() {
     let start = Instant::now();
     shop.mesh.apply_object(&object).unwrap();
     refused_soon(&shop.web, to);
+    // Open streams have a second to be cut in.
+    std::thread::sleep(Duration::from_secs(1));
     for end in streams.stop().unwrap() {
         let (at, failure) = end.failure.expect("the policy matches now");
         assert_eq!(failure, Failure::Lost(ErrorKind::ConnectionReset));
