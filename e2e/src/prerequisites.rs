@@ -49,13 +49,24 @@ pub const SSH: Program = Program {
     name: "ssh",
     package: "openssh-client",
 };
+pub const IP: Program = Program {
+    name: "ip",
+    package: "iproute2",
+};
 pub const NFT: Program = Program {
     name: "nft",
     package: "nftables",
 };
 
 /// Where Debian installs programs, on PATH or not.
-const FOLDERS: [&str; 4] = ["/usr/local/bin", "/usr/bin", "/usr/sbin", "/usr/local/sbin"];
+const FOLDERS: [&str; 6] = [
+    "/usr/local/bin",
+    "/usr/bin",
+    "/bin",
+    "/usr/sbin",
+    "/sbin",
+    "/usr/local/sbin",
+];
 
 /// Stops packages that bring a service from starting it: tests start their own, in the lab.
 const SERVICE_POLICY: &str = "/usr/sbin/policy-rc.d";

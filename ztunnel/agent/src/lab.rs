@@ -3,6 +3,7 @@
 //! Invariant: nothing here has a name outside the test, and all of it goes with its descriptors.
 
 use crate::netns::Netns;
+use culvert_e2e::prerequisites::{IP, NFT, need};
 use nix::sched::{CloneFlags, unshare};
 use nlink::{Connection, Route, netlink::link::VethLink};
 use std::{
@@ -30,6 +31,7 @@ pub struct Lab {
 
 impl Lab {
     pub async fn new() -> Self {
+        need(&[IP, NFT]).unwrap();
         let (pod, node) = (fresh(), fresh());
         let on_node = Connection::<Route>::new_in(node.as_fd()).unwrap();
         let in_pod = Connection::<Route>::new_in(pod.as_fd()).unwrap();
@@ -89,7 +91,7 @@ pub fn run(netns: &Netns, program: &str, arguments: &[&str]) -> Output {
     let output = netns
         .enter(|| Command::new(program).args(arguments).output())
         .unwrap();
-    output.unwrap_or_else(|e| panic!("{program}: {e}; install it: apt-get install -y nftables iproute2"))
+    output.unwrap_or_else(|e| panic!("{program}: {e}"))
 }
 
 /// The rules as nftables' own program reads them.
