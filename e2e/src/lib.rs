@@ -3,7 +3,8 @@
 //! ```text
 //! lab            nodes, pods and hosts as network namespaces of this machine; wires, faults, captures
 //! mesh           real control, agents and ztunnels in a lab
-//! load           steady load with an account of every attempt and stream
+//! load           load with an account of every attempt and stream
+//! oracles        the steady load of the fault catalogue, and the four oracles that judge it
 //! prerequisites  programs of others, found or fetched
 //! traffic        servers and clients where no program of others says enough
 //! ```
@@ -12,5 +13,6 @@
 pub mod lab;
 pub mod load;
 pub mod mesh;
+pub mod oracles;
 pub mod prerequisites;
 pub mod traffic;

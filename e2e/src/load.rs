@@ -131,7 +131,7 @@ async fn attempt(to: SocketAddr, number: u64) -> Result<(), Failure> {
     echo(&mut socket, &message).await
 }
 
-async fn echo(socket: &mut TcpStream, message: &[u8]) -> Result<(), Failure> {
+pub(crate) async fn echo(socket: &mut TcpStream, message: &[u8]) -> Result<(), Failure> {
     let lost = |e: io::Error| Failure::Lost(e.kind());
     socket.write_all(message).await.map_err(lost)?;
     let mut answer = vec![0; message.len()];
@@ -304,7 +304,7 @@ pub fn percentile(attempts: &[Attempt], percent: usize) -> Duration {
         .unwrap_or_default()
 }
 
-fn in_a_runtime<T>(work: impl Future<Output = Result<T>>) -> Result<T> {
+pub(crate) fn in_a_runtime<T>(work: impl Future<Output = Result<T>>) -> Result<T> {
     tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()?

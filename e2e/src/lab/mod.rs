@@ -192,6 +192,11 @@ impl Lab {
         self.grounds.first.path(inside)
     }
 
+    /// The files that processes of this lab have written their output to, those of ended ones included.
+    pub fn logs(&self) -> Vec<PathBuf> {
+        locked(&self.grounds.logs).clone()
+    }
+
     /// The first process: its end ends the lab.
     pub fn first_pid(&self) -> u32 {
         self.grounds.first.pid()

@@ -25,7 +25,9 @@ use std::time::Duration;
 use anyhow::{Context, Result, ensure};
 use serde_json::Value;
 
-use crate::lab::{Addresses, Endpoint, Lab, Node, POD_RANGES, Pod, PodSpec, Process, SERVICE_RANGES, Start};
+use crate::lab::{
+    Addresses, Endpoint, Lab, Node, POD_RANGES, Pod, PodSpec, Process, SERVICE_RANGES, Start, poll_until,
+};
 pub use build::{Programs, programs};
 use config::{ConfigFolder, ENROL};
 use pages::{Metrics, Page};
@@ -473,10 +475,15 @@ impl MeshNode {
             &format!("ztunnel of {} is ready", self.name()),
             READY_WITHIN,
             || {
-                let page = pages::fetch(&self.pod, self.local(READINESS_PORT), "/healthz/ready")?;
+                let page = self.readiness()?;
                 Ok((page.status == 200).then_some(()))
             },
         )
+    }
+
+    /// What a readiness probe of ztunnel gets.
+    pub fn readiness(&self) -> Result<Page> {
+        pages::fetch(&self.pod, self.local(READINESS_PORT), "/healthz/ready")
     }
 
     /// SIGKILL to ztunnel.
@@ -514,6 +521,28 @@ impl MeshNode {
 
     pub fn metrics(&self) -> Result<Metrics> {
         Metrics::scrape(&self.pod, self.local(METRICS_PORT))
+    }
+
+    /// The metrics page as it is.
+    pub fn metrics_page(&self) -> Result<Page> {
+        pages::fetch(&self.pod, self.local(METRICS_PORT), "/metrics")
+    }
+
+    /// Waits until `pod` is ready in this node's view: a cluster's readiness comes after capture, too, and
+    /// nobody calls what is not ready.
+    pub fn wait_published(&self, pod: &Pod) -> Result<()> {
+        poll_until("the pod is published as ready", READY_WITHIN, || {
+            let dump: Value = serde_json::from_str(&self.admin("/config_dump")?.body)?;
+            let spec = pod.spec();
+            let ready = dump["workloads"].as_array().is_some_and(|all| {
+                all.iter().any(|one| {
+                    one["name"] == *spec.name
+                        && one["namespace"] == *spec.namespace
+                        && one["status"] == "Ready"
+                })
+            });
+            Ok(ready.then_some(()))
+        })
     }
 
     /// A page of ztunnel's admin port, which is on loopback alone.

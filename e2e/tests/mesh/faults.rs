@@ -4,12 +4,12 @@ use std::io::Read;
 use std::net::SocketAddr;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use culvert_e2e::lab::capture::Recording;
 use culvert_e2e::lab::{Effect, PodSpec, poll_until};
-use culvert_e2e::load::{Attempts, all_complete};
-use culvert_e2e::mesh::config;
+use culvert_e2e::mesh::{Mesh, config};
+use culvert_e2e::oracles::Steady;
 use culvert_e2e::traffic::{Server, echo_once, send_pattern};
 
 use crate::{Shop, WAIT};
@@ -117,6 +117,7 @@ fn f09_leaving_and_joining_the_mesh_leaks_nothing_of_a_strict_pod() {
 #[test]
 fn f24_an_address_that_changes_hands_never_delivers_to_the_wrong_identity() {
     let shop = Shop::open();
+    let load = Steady::start(&shop.mesh, [&shop.a, &shop.b]).unwrap();
     let addresses = shop.cart.addresses();
     let mut pod = shop.cart.clone();
     let turns = if crate::full_length() { 100 } else { 10 };
@@ -155,35 +156,30 @@ fn f24_an_address_that_changes_hands_never_delivers_to_the_wrong_identity() {
             "turn {turn}: what {namespace} has heard"
         );
     }
+    load.verdict().unwrap();
 }
 
 #[test]
 fn f48_a_partition_heals_without_help() {
-    let shop = Shop::open();
-    let _echo = Server::echo(shop.cart.listen(8080).unwrap()).unwrap();
-    let to = SocketAddr::from((shop.vip.v4, 80));
-    let call = || -> anyhow::Result<()> {
-        let socket = shop.web.connect_within(to, Duration::from_secs(3))?;
-        socket.set_read_timeout(Some(Duration::from_secs(3)))?;
-        echo_once(&socket, CANARY)
-    };
-    call().unwrap();
-    let lab = shop.mesh.lab();
-    lab.partition(shop.a.node(), shop.b.node()).unwrap();
-    thread::sleep(Duration::from_secs(5));
-    assert!(call().is_err(), "nothing passes a partition");
-    lab.heal().unwrap();
-    let healed = Instant::now();
-    poll_until("calls pass again", Duration::from_secs(30), || call().map(Some)).unwrap();
-    assert!(healed.elapsed() < Duration::from_secs(30));
-    let attempts = Attempts::start(&shop.web, to, 50, WAIT).unwrap();
-    // Control away: what is known goes on.
-    for node in [&shop.a, &shop.b] {
-        lab.partition(node.node(), shop.mesh.control_host()).unwrap();
+    let (mesh, a, b) = Mesh::two_nodes().unwrap();
+    let load = Steady::start(&mesh, [&a, &b]).unwrap();
+    let lab = mesh.lab();
+    load.outage(|| {
+        lab.partition(a.node(), b.node()).unwrap();
+        thread::sleep(Duration::from_secs(5));
+        lab.heal().unwrap();
+    });
+    // Control away: what is known goes on, and nothing is forgiven.
+    for node in [&a, &b] {
+        lab.partition(node.node(), mesh.control_host()).unwrap();
     }
     thread::sleep(Duration::from_secs(3));
     lab.heal().unwrap();
-    all_complete(&attempts.stop().unwrap()).unwrap();
+    let longest = load.verdict().unwrap().percentile(100);
+    assert!(
+        longest > Duration::from_secs(3),
+        "nothing has noticed the partition: {longest:?}"
+    );
 }
 
 #[test]

@@ -13,7 +13,7 @@ mod wire;
 
 use std::time::Duration;
 
-use culvert_e2e::lab::{Addresses, Pod, PodSpec, poll_until};
+use culvert_e2e::lab::{Addresses, Pod, PodSpec};
 use culvert_e2e::mesh::{Mesh, MeshNode, Options};
 
 /// Most waits of these tests end far sooner; the bound is for a loaded machine.
@@ -22,21 +22,6 @@ const WAIT: Duration = Duration::from_secs(20);
 /// Whether rows that take minutes run at their full length: set `CULVERT_E2E_LONG` for that.
 fn full_length() -> bool {
     std::env::var_os("CULVERT_E2E_LONG").is_some()
-}
-
-/// Waits until the pod is ready in its own node's view: a cluster's readiness comes after capture, too, and
-/// nobody calls what is not ready.
-fn published(node: &MeshNode, pod: &Pod) {
-    poll_until("the pod is published as ready", WAIT, || {
-        let page = node.admin("/config_dump")?;
-        let dump: serde_json::Value = serde_json::from_str(&page.body)?;
-        let ready = dump["workloads"].as_array().is_some_and(|all| {
-            all.iter()
-                .any(|one| one["name"] == pod.spec().name && one["status"] == "Ready")
-        });
-        Ok(ready.then_some(()))
-    })
-    .unwrap();
 }
 
 /// A namespace `shop`, enrolled, with `web` on one node calling `cart` on the other.
@@ -64,8 +49,8 @@ impl Shop {
         let cart = mesh
             .pod(&b, PodSpec::new("shop", "cart").port("tcp", 8080))
             .unwrap();
-        published(&a, &web);
-        published(&b, &cart);
+        a.wait_published(&web).unwrap();
+        b.wait_published(&cart).unwrap();
         Self {
             web,
             cart,

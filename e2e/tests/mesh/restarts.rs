@@ -5,9 +5,9 @@ use std::net::SocketAddr;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use culvert_e2e::lab::poll_until;
 use culvert_e2e::load::{Attempt, Attempts, Failure, Pace, Streams, all_complete};
-use culvert_e2e::mesh::pages;
+use culvert_e2e::mesh::{Mesh, pages};
+use culvert_e2e::oracles::Steady;
 use culvert_e2e::traffic::{Server, echo_once};
 
 use crate::{Shop, WAIT, full_length};
@@ -172,27 +172,17 @@ fn f02_an_upgrade_cuts_nothing_and_refuses_nothing() {
 
 #[test]
 fn f03_a_stopped_ztunnel_holds_connections_and_goes_on() {
-    let shop = Shop::open();
-    let _echo = Server::echo(shop.cart.listen(8080).unwrap()).unwrap();
-    let to = warm(&shop);
     let stopped = Duration::from_secs(if full_length() { 30 } else { 5 });
-    let pace = Pace {
-        patience: stopped + WAIT,
-        ..Pace::BUSY
-    };
-    let streams = Streams::start(&shop.web, to, 10, pace).unwrap();
-    let attempts = Attempts::start(&shop.web, to, 50, stopped + WAIT).unwrap();
-    shop.a.with_ztunnel(|ztunnel| ztunnel.pause()).unwrap().unwrap();
-    thread::sleep(stopped);
-    shop.a.with_ztunnel(|ztunnel| ztunnel.resume()).unwrap().unwrap();
-    poll_until("it serves again", WAIT, || {
-        let socket = shop.web.connect(to)?;
-        socket.set_read_timeout(Some(WAIT))?;
-        echo_once(&socket, b"again").map(Some)
-    })
-    .unwrap();
-    all_complete(&attempts.stop().unwrap()).unwrap();
-    for end in streams.stop().unwrap() {
-        assert!(end.failure.is_none(), "{end:?}");
-    }
+    let (mesh, a, b) = Mesh::two_nodes().unwrap();
+    let load = Steady::start_with(&mesh, [&a, &b], stopped + WAIT).unwrap();
+    a.with_ztunnel(|ztunnel| ztunnel.pause()).unwrap().unwrap();
+    let paused = Instant::now();
+    let ready = a.readiness();
+    assert!(ready.is_err(), "a probe flags it: {ready:?}");
+    thread::sleep(stopped.saturating_sub(paused.elapsed()));
+    a.with_ztunnel(|ztunnel| ztunnel.resume()).unwrap().unwrap();
+    let account = load.verdict().unwrap();
+    assert_eq!(account.forgiven, 0);
+    let longest = account.percentile(100);
+    assert!(longest >= stopped / 2, "something has waited for it: {longest:?}");
 }
