@@ -41,6 +41,11 @@ use tokio::{
     sync::watch,
 };
 
+/// The system's allocator maps and unmaps blocks of this program's sizes over and over, and keeps what a
+/// burst of connections has taken.
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
 fn main() -> anyhow::Result<()> {
     let config = Config::parse();
     privilege::give_up()?;
@@ -118,6 +123,7 @@ async fn run(config: Config, workers: workers::Workers) -> anyhow::Result<()> {
         sender,
         held: HashMap::new(),
     };
+    tokio::spawn(workers::keep_house());
     tokio::spawn(client);
     tokio::spawn(node.run());
     tokio::spawn(recheck::run(context.clone()));

@@ -3,11 +3,26 @@
 //! Each has a runtime of its own, so that a tunnel, its streams and their sockets wake one another on one
 //! thread. Invariant: a pod's traffic stays on the worker that it was given.
 
+use culvert_io::sys::give_memory_back;
 use std::{
+    convert::Infallible,
     io,
     sync::atomic::{AtomicUsize, Ordering},
+    time::Duration,
 };
 use tokio::runtime::{Builder, Handle};
+
+/// How often a thread gives back what it has freed.
+const HOUSEKEEPING: Duration = Duration::from_secs(1);
+
+/// Gives memory back to the system, again and again: after a burst of connections nothing else would
+/// while a thread is idle. Each thread does so for itself.
+pub async fn keep_house() -> Infallible {
+    loop {
+        tokio::time::sleep(HOUSEKEEPING).await;
+        give_memory_back();
+    }
+}
 
 /// The worker threads; they end with the process.
 pub struct Workers {
@@ -26,7 +41,7 @@ impl Workers {
                 let handle = runtime.handle().clone();
                 std::thread::Builder::new()
                     .name(format!("worker-{index}"))
-                    .spawn(move || runtime.block_on(std::future::pending::<()>()))?;
+                    .spawn(move || runtime.block_on(keep_house()))?;
                 Ok(handle)
             })
             .collect::<io::Result<_>>()?;

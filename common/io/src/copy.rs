@@ -7,23 +7,34 @@
 //! is an END_STREAM and the reverse, everything else is a reset on both sides.
 
 use crate::hbone::{Counted, GROW_AFTER, Stream};
-use bytes::{Buf, Bytes, BytesMut};
+use bytes::{Bytes, BytesMut};
 use futures::task::AtomicWaker;
-use h2::SendStream;
+use h2::{RecvStream, SendStream};
 use socket2::SockRef;
 use std::{
     cell::RefCell,
     future::poll_fn,
-    io,
+    io::{self, IoSlice},
     net::Shutdown,
+    pin::Pin,
     sync::atomic::{AtomicBool, AtomicU64, Ordering},
-    task::Poll,
+    task::{Context, Poll, ready},
     time::Duration,
 };
-use tokio::net::TcpStream;
+use tokio::{
+    io::{AsyncWrite, AsyncWriteExt},
+    net::{
+        TcpStream,
+        tcp::{ReadHalf, WriteHalf},
+    },
+};
+use tokio_util::io::poll_read_buf;
 
 /// Most bytes that one read takes from a socket.
-const READ_BYTES: usize = 64 * 1024;
+///
+/// A TLS record carries at most 2^14 bytes (RFC 8446 §5.1) and the HTTP/2 frame header takes 9 of them
+/// (RFC 9113 §4.1): one read then fills four records instead of spilling into a fifth.
+const READ_BYTES: usize = 4 * (1 << 14) - 9;
 
 /// What a relay counts and obeys; shared with whoever lists or cuts connections.
 #[derive(Debug, Default)]
@@ -82,7 +93,7 @@ pub enum Initiator {
 /// Moves bytes both ways until both directions have ended, one fails, or the flow is cut. The socket is
 /// reset unless both ended cleanly.
 pub async fn relay(
-    socket: TcpStream,
+    mut socket: TcpStream,
     mut stream: Stream,
     flow: &Flow,
     initiator: Initiator,
@@ -95,12 +106,9 @@ pub async fn relay(
     reset(&socket);
     let outcome = {
         let Stream { send, recv, counted } = &mut stream;
+        let (read, write) = socket.split();
         let both = async {
-            tokio::try_join!(
-                to_stream(&socket, send, up),
-                from_stream(recv, &socket, down, counted)
-            )
-            .map(|_| ())
+            tokio::try_join!(to_stream(read, send, up), from_stream(recv, write, down, counted)).map(|_| ())
         };
         tokio::select! {
             biased;
@@ -127,23 +135,30 @@ pub fn reset(socket: &TcpStream) {
     let _ = SockRef::from(socket).set_linger(Some(Duration::ZERO));
 }
 
-async fn to_stream(socket: &TcpStream, send: &mut SendStream<Bytes>, count: &AtomicU64) -> Result<(), Fault> {
+async fn to_stream(
+    mut socket: ReadHalf<'_>,
+    send: &mut SendStream<Bytes>,
+    count: &AtomicU64,
+) -> Result<(), Fault> {
     loop {
         // Readiness first: neither a buffer nor window is held while the application is silent.
-        socket.readable().await.map_err(Fault::Application)?;
+        readable(&socket).await.map_err(Fault::Application)?;
         let capacity = capacity(send).await.map_err(Fault::Tunnel)?;
-        match read(socket, capacity) {
-            Ok(chunk) if chunk.is_empty() => {
+        match read(&mut socket, capacity).await.map_err(Fault::Application)? {
+            Some(chunk) if chunk.is_empty() => {
                 return send.send_data(chunk, true).map_err(Fault::Tunnel);
             }
-            Ok(chunk) => {
+            Some(chunk) => {
                 count.fetch_add(chunk.len() as u64, Ordering::Relaxed);
                 send.send_data(chunk, false).map_err(Fault::Tunnel)?;
             }
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
-            Err(error) => return Err(Fault::Application(error)),
+            None => {}
         }
     }
+}
+
+async fn readable(socket: &ReadHalf<'_>) -> io::Result<()> {
+    poll_fn(|cx| socket.as_ref().poll_read_ready(cx)).await
 }
 
 /// How much may be sent now; waits until it is more than nothing.
@@ -168,27 +183,36 @@ thread_local! {
     static BLOCK: RefCell<BytesMut> = RefCell::new(BytesMut::new());
 }
 
-fn read(socket: &TcpStream, most: usize) -> io::Result<Bytes> {
-    BLOCK.with_borrow_mut(|block| {
-        if block.capacity() < READ_BYTES / 4 {
-            block.reserve(READ_BYTES);
+/// What is there to read, at most `most` bytes; empty at the end, none if there is nothing after all.
+///
+/// A read that is cut short by what was there takes the readiness with it, so that no call asks in vain.
+async fn read(socket: &mut ReadHalf<'_>, most: usize) -> io::Result<Option<Bytes>> {
+    poll_fn(|cx| {
+        let polled = BLOCK.with_borrow_mut(|block| {
+            if block.capacity() < READ_BYTES / 4 {
+                block.reserve(READ_BYTES);
+            }
+            let mut limited = bytes::BufMut::limit(&mut *block, most.min(READ_BYTES));
+            poll_read_buf(Pin::new(&mut *socket), cx, &mut limited).map_ok(|_| block.split().freeze())
+        });
+        match polled {
+            Poll::Ready(read) => Poll::Ready(read.map(Some)),
+            Poll::Pending => Poll::Ready(Ok(None)),
         }
-        let mut limited = bytes::BufMut::limit(&mut *block, most.min(READ_BYTES));
-        socket.try_read_buf(&mut limited)?;
-        Ok(block.split().freeze())
     })
+    .await
 }
 
 async fn from_stream(
-    recv: &mut h2::RecvStream,
-    socket: &TcpStream,
+    recv: &mut RecvStream,
+    mut socket: WriteHalf<'_>,
     count: &AtomicU64,
     counted: &Counted,
 ) -> Result<(), Fault> {
-    while let Some(chunk) = recv.data().await {
-        let chunk = chunk.map_err(Fault::Tunnel)?;
-        let length = chunk.len();
-        write_all(socket, chunk).await.map_err(Fault::Application)?;
+    while let Some(batch) = poll_fn(|cx| poll_batch(recv, cx)).await {
+        let batch = batch.map_err(Fault::Tunnel)?;
+        let length = batch.length;
+        batch.write(&mut socket).await.map_err(Fault::Application)?;
         let before = count.fetch_add(length as u64, Ordering::Relaxed);
         if before < GROW_AFTER && before + length as u64 >= GROW_AFTER {
             counted.moves_bulk();
@@ -197,18 +221,76 @@ async fn from_stream(
             .release_capacity(length)
             .map_err(Fault::Tunnel)?;
     }
-    finish(socket)
+    finish(socket.as_ref())
 }
 
-async fn write_all(socket: &TcpStream, mut chunk: Bytes) -> io::Result<()> {
-    while chunk.has_remaining() {
-        match socket.try_write(&chunk) {
-            Ok(written) => chunk.advance(written),
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => socket.writable().await?,
-            Err(error) => return Err(error),
-        }
+/// DATA that is written by one call: frames that have come since the last one.
+struct Batch {
+    first: Bytes,
+    more: Vec<Bytes>,
+    length: usize,
+}
+
+/// Most bytes that one write hands to a socket.
+const WRITE_BYTES: usize = 256 * 1024;
+
+/// Most frames of one write.
+const WRITE_FRAMES: usize = 16;
+
+/// What has arrived in the stream, as much as one write takes; none at its end.
+fn poll_batch(recv: &mut RecvStream, cx: &mut Context<'_>) -> Poll<Option<Result<Batch, h2::Error>>> {
+    let first = match ready!(recv.poll_data(cx)) {
+        Some(Ok(first)) => first,
+        Some(Err(error)) => return Poll::Ready(Some(Err(error))),
+        None => return Poll::Ready(None),
+    };
+    let mut batch = Batch {
+        length: first.len(),
+        first,
+        more: vec![],
+    };
+    // An end or an error that comes meanwhile is found again at the next call.
+    while batch.length < WRITE_BYTES
+        && batch.more.len() + 1 < WRITE_FRAMES
+        && let Poll::Ready(Some(Ok(next))) = recv.poll_data(cx)
+    {
+        batch.length += next.len();
+        batch.more.push(next);
     }
-    Ok(())
+    Poll::Ready(Some(Ok(batch)))
+}
+
+impl Batch {
+    async fn write(self, socket: &mut WriteHalf<'_>) -> io::Result<()> {
+        if self.more.is_empty() {
+            return socket.write_all(&self.first).await;
+        }
+        let mut written = 0;
+        while written < self.length {
+            match poll_fn(|cx| self.poll_write(socket, written, cx)).await? {
+                0 => return Err(io::ErrorKind::WriteZero.into()),
+                count => written += count,
+            }
+        }
+        Ok(())
+    }
+
+    /// Writes what comes after the first `written` bytes.
+    fn poll_write(
+        &self,
+        socket: &mut WriteHalf<'_>,
+        written: usize,
+        cx: &mut Context<'_>,
+    ) -> Poll<io::Result<usize>> {
+        let mut parts = [IoSlice::new(&[]); WRITE_FRAMES];
+        let chunks = std::iter::once(&self.first).chain(&self.more);
+        for (part, chunk) in parts.iter_mut().zip(chunks) {
+            *part = IoSlice::new(chunk);
+        }
+        let mut left = &mut parts[..=self.more.len()];
+        IoSlice::advance_slices(&mut left, written);
+        Pin::new(socket).poll_write_vectored(cx, left)
+    }
 }
 
 /// Sends FIN and leaves the other direction open.
@@ -221,20 +303,23 @@ fn finish(socket: &TcpStream) -> Result<(), Fault> {
 }
 
 /// Moves bytes between two sockets, for destinations outside the mesh. Either socket's fault resets both.
-pub async fn relay_plain(client: TcpStream, server: TcpStream, flow: &Flow) -> Result<(), Fault> {
+pub async fn relay_plain(mut client: TcpStream, mut server: TcpStream, flow: &Flow) -> Result<(), Fault> {
     reset(&client);
     reset(&server);
-    let both = async {
-        tokio::try_join!(
-            to_socket(&client, &server, &flow.received),
-            to_socket(&server, &client, &flow.sent)
-        )
-        .map(|_| ())
-    };
-    let outcome = tokio::select! {
-        biased;
-        () = flow.until_cut() => Err(Fault::Cut),
-        ended = both => ended,
+    let outcome = {
+        let ((from_client, to_client), (from_server, to_server)) = (client.split(), server.split());
+        let both = async {
+            tokio::try_join!(
+                to_socket(from_client, to_server, &flow.received),
+                to_socket(from_server, to_client, &flow.sent)
+            )
+            .map(|_| ())
+        };
+        tokio::select! {
+            biased;
+            () = flow.until_cut() => Err(Fault::Cut),
+            ended = both => ended,
+        }
     };
     if outcome.is_ok() {
         close_cleanly(&client);
@@ -243,18 +328,16 @@ pub async fn relay_plain(client: TcpStream, server: TcpStream, flow: &Flow) -> R
     outcome
 }
 
-async fn to_socket(from: &TcpStream, to: &TcpStream, count: &AtomicU64) -> Result<(), Fault> {
+async fn to_socket(mut from: ReadHalf<'_>, mut to: WriteHalf<'_>, count: &AtomicU64) -> Result<(), Fault> {
     loop {
-        from.readable().await.map_err(Fault::Application)?;
-        match read(from, READ_BYTES) {
-            Ok(chunk) if chunk.is_empty() => return finish(to),
-            Ok(chunk) => {
-                let length = chunk.len();
-                write_all(to, chunk).await.map_err(Fault::Application)?;
-                count.fetch_add(length as u64, Ordering::Relaxed);
+        readable(&from).await.map_err(Fault::Application)?;
+        match read(&mut from, READ_BYTES).await.map_err(Fault::Application)? {
+            Some(chunk) if chunk.is_empty() => return finish(to.as_ref()),
+            Some(chunk) => {
+                to.write_all(&chunk).await.map_err(Fault::Application)?;
+                count.fetch_add(chunk.len() as u64, Ordering::Relaxed);
             }
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
-            Err(error) => return Err(Fault::Application(error)),
+            None => {}
         }
     }
 }

@@ -7,6 +7,7 @@
 //! What is above sees [`Stream`]s and not the transport. Invariant: no byte of the client's reaches a
 //! [`Stream`] before the responder has accepted it, and none is sent before the 200 has come.
 
+mod ahead;
 mod client;
 mod server;
 mod stream;

@@ -2,6 +2,7 @@
 
 use super::{
     CONNECTION_WINDOW, DATA_FRAME_BUDGET, GROWN_STREAM_WINDOW, HANDSHAKE_DEADLINE, MAX_FRAME, STREAM_WINDOW,
+    ahead::ReadAhead,
     keep_alive,
     stream::{Counted, Shared, Stream},
 };
@@ -88,7 +89,7 @@ where
     Ok((tunnel, driver))
 }
 
-type Connection<IO> = h2::client::Connection<tokio_rustls::client::TlsStream<IO>, Bytes>;
+type Connection<IO> = h2::client::Connection<tokio_rustls::client::TlsStream<ReadAhead<IO>>, Bytes>;
 
 async fn handshake<IO>(io: IO, config: Arc<ClientConfig>) -> Result<(Tunnel, Connection<IO>), DialError>
 where
@@ -97,7 +98,7 @@ where
     // The name is neither sent nor compared: the verifier looks at the SPIFFE ID alone.
     let unnamed = ServerName::IpAddress(IpAddr::V4(Ipv4Addr::UNSPECIFIED).into());
     let tls = TlsConnector::from(config)
-        .connect(unnamed, io)
+        .connect(unnamed, ReadAhead::new(io))
         .await
         .map_err(DialError::Tls)?;
     let session = tls.get_ref().1;

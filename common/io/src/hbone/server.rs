@@ -2,7 +2,9 @@
 
 use super::{
     CONNECTION_WINDOW, DATA_FRAME_BUDGET, GROWN_STREAM_WINDOW, HANDSHAKE_DEADLINE, MAX_FRAME,
-    MAX_HEADER_LIST, MAX_STREAMS, STREAM_WINDOW, keep_alive,
+    MAX_HEADER_LIST, MAX_STREAMS, STREAM_WINDOW,
+    ahead::ReadAhead,
+    keep_alive,
     stream::{Counted, Shared, Stream},
 };
 use crate::tls::{LeafError, VerifyError, leaf_expiry, leaf_identity};
@@ -51,7 +53,7 @@ impl AcceptError {
 
 /// An accepted tunnel; its streams arrive by [`Incoming::next`], which also drives it.
 pub struct Incoming<IO> {
-    connection: h2::server::Connection<TlsStream<IO>, Bytes>,
+    connection: h2::server::Connection<TlsStream<ReadAhead<IO>>, Bytes>,
     alive: Pin<Box<dyn Future<Output = ()> + Send>>,
     shared: Arc<Shared>,
     grown: bool,
@@ -66,7 +68,7 @@ where
 {
     let handshake = Box::pin(async {
         let tls = TlsAcceptor::from(config)
-            .accept(io)
+            .accept(ReadAhead::new(io))
             .await
             .map_err(AcceptError::Tls)?;
         let session = tls.get_ref().1;

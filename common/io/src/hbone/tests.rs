@@ -193,3 +193,74 @@ async fn bulk_arrives_whole_and_in_order() {
     assert_eq!(app_read.read(&mut [0; 1]).await.unwrap(), 0);
     assert!(ended.await.unwrap().0.is_ok());
 }
+
+/// One connection through a tunnel: the application's end and the server's.
+async fn carried(
+    tunnel: &Tunnel,
+    arrivals: &mut tokio::sync::mpsc::UnboundedReceiver<Responder>,
+) -> (TcpStream, TcpStream) {
+    let ((app, captured), (delivered, server)) = (socket_pair().await, socket_pair().await);
+    let asked = connect();
+    let accepted = async { arrivals.recv().await.unwrap().accept().unwrap() };
+    let (near, far) = tokio::join!(tunnel.open(&asked), accepted);
+    let near = near.unwrap();
+    tokio::spawn(async move { relay(captured, near, &Flow::default(), Initiator::Socket).await });
+    tokio::spawn(async move { relay(delivered, far, &Flow::default(), Initiator::Stream).await });
+    (app, server)
+}
+
+/// Writes until nothing is taken any more: the other end does not read.
+async fn fill(socket: &TcpStream) {
+    let block = vec![0; 64 << 10];
+    let silent = std::time::Duration::from_millis(500);
+    while let Ok(writable) = tokio::time::timeout(silent, socket.writable()).await {
+        writable.unwrap();
+        let _ = socket.try_write(&block);
+    }
+}
+
+/// How long so many bytes take.
+async fn transfer(from: &mut TcpStream, to: &mut TcpStream, bytes: usize) -> std::time::Duration {
+    let started = std::time::Instant::now();
+    let (sent, mut arrived) = (vec![7; bytes], vec![0; bytes]);
+    let (written, read) = tokio::join!(from.write_all(&sent), to.read_exact(&mut arrived));
+    written.unwrap();
+    read.unwrap();
+    started.elapsed()
+}
+
+/// Settled D16, in both directions: the window of the whole tunnel is never what a stream waits for.
+#[tokio::test]
+async fn d16_beside_99_stalled_streams_the_100th_goes_at_full_rate() {
+    const BYTES: usize = 32 << 20;
+    for server_sends in [false, true] {
+        let (tunnel, mut incoming) = tunnel().await;
+        let (arrived, mut arrivals) = tokio::sync::mpsc::unbounded_channel();
+        tokio::spawn(async move {
+            while let Some((_, responder)) = incoming.next().await {
+                let _ = arrived.send(responder);
+            }
+        });
+        let way = |(app, server)| {
+            if server_sends {
+                (server, app)
+            } else {
+                (app, server)
+            }
+        };
+        let (mut from, mut to) = way(carried(&tunnel, &mut arrivals).await);
+        let alone = transfer(&mut from, &mut to, BYTES).await;
+        let mut stalled = vec![];
+        for _ in 0..99 {
+            stalled.push(way(carried(&tunnel, &mut arrivals).await));
+        }
+        futures::future::join_all(stalled.iter().map(|(from, _)| fill(from))).await;
+        assert_eq!(tunnel.streams(), 100);
+        let bound = alone * 3 + std::time::Duration::from_secs(1);
+        let beside = tokio::time::timeout(bound, transfer(&mut from, &mut to, BYTES)).await;
+        assert!(
+            beside.is_ok(),
+            "alone {alone:?}, beside 99 stalled ones not within {bound:?}"
+        );
+    }
+}
