@@ -3,7 +3,10 @@
 //! Invariant: everything of a pod (sockets, tunnels, connections, its SVID's lease) hangs on its [`Pod`],
 //! so that nothing of it is left when the pod has gone.
 
-use crate::{connections::Connections, context::Limits, outbound::tunnel::Tunnels, sockets::Sockets};
+use crate::{
+    connections::Connections, context::Limits, inbound::deliver::Ports, outbound::tunnel::Tunnels,
+    sockets::Sockets,
+};
 use culvert_core::{
     ids::{PodUid, SpiffeId, WorkloadUid},
     mesh::Workload,
@@ -25,6 +28,8 @@ pub struct Pod {
     pub lease: Lease,
     pub sockets: Sockets,
     pub tunnels: Tunnels,
+    /// Where its deliveries come from.
+    pub ports: Ports,
     pub connections: Connections,
     /// Dials and handshakes in flight; none of a pod's may take all of the node's.
     pub pending: Semaphore,
@@ -64,6 +69,7 @@ impl Pod {
             lease,
             sockets,
             tunnels: Tunnels::default(),
+            ports: Ports::default(),
             connections: Connections::new(limits.connections),
             pending: Semaphore::new(limits.pending),
             gone: watch::Sender::new(false),

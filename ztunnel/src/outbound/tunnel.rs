@@ -40,11 +40,10 @@ const IDLE: Duration = Duration::from_secs(300);
 /// How long a failed dial answers for those who come right after it.
 const FAILURE_LASTS: Duration = Duration::from_millis(100);
 
-/// What makes two connections share a tunnel (settled D13); the pod is the map's owner.
+/// What makes two connections to one endpoint share a tunnel (settled D13); the pod is the map's owner.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 struct Key {
     source: SpiffeId,
-    endpoint: WorkloadUid,
     expected: Box<[SpiffeId]>,
     peer: SocketAddr,
     trust: u64,
@@ -53,7 +52,8 @@ struct Key {
 /// The tunnels of one pod.
 #[derive(Default)]
 pub struct Tunnels {
-    slots: Mutex<HashMap<Key, Arc<Slot>>>,
+    /// By endpoint, whose load is asked for at every choice.
+    slots: Mutex<HashMap<WorkloadUid, HashMap<Key, Arc<Slot>>>>,
 }
 
 #[derive(Default)]
@@ -142,12 +142,15 @@ impl Tunnels {
             .ok_or(TunnelError::Identity)?;
         let key = Key {
             source: pod.identity().clone(),
-            endpoint: hop.endpoint.uid.clone(),
             expected: hop.expected.clone(),
             peer: hop.peer,
             trust: credential.bundles.generation,
         };
-        let slot = self.slots.lock().entry(key).or_default().clone();
+        let slot = {
+            let mut slots = self.slots.lock();
+            let of_endpoint = slots.entry(hop.endpoint.uid.clone()).or_default();
+            of_endpoint.entry(key).or_default().clone()
+        };
         // A tunnel may close between being chosen and being used. No byte of the application's is sent before
         // the 200, so another tunnel may be asked.
         for _ in 0..3 {
@@ -164,41 +167,27 @@ impl Tunnels {
     /// Streams open now to one endpoint.
     pub fn load(&self, endpoint: &WorkloadUid) -> usize {
         let slots = self.slots.lock();
-        slots
-            .iter()
-            .filter(|(key, _)| key.endpoint == *endpoint)
-            .flat_map(|(_, slot)| slot.seen.lock().iter().map(Tunnel::streams).collect::<Vec<_>>())
+        let of_endpoint = slots.get(endpoint).into_iter().flat_map(HashMap::values);
+        of_endpoint
+            .map(|slot| slot.seen.lock().iter().map(Tunnel::streams).sum::<usize>())
             .sum()
     }
 
     /// Closes idle tunnels and those to workloads that have gone.
     pub fn sweep(&self, snapshot: &Snapshot) {
-        self.slots.lock().retain(|key, slot| {
-            let known = snapshot
-                .workload(&key.endpoint)
-                .is_some_and(|w| key.expected.contains(&w.identity));
-            // A slot that is dialling is in use.
-            let Ok(mut pool) = slot.pool.try_lock() else {
-                return true;
-            };
-            let now = Instant::now();
-            pool.tunnels.retain_mut(|pooled| {
-                if pooled.tunnel.streams() > 0 {
-                    pooled.used = now;
-                }
-                known && !pooled.tunnel.is_closed() && now.duration_since(pooled.used) < IDLE
+        self.slots.lock().retain(|endpoint, slots| {
+            let endpoint = snapshot.workload(endpoint);
+            slots.retain(|key, slot| {
+                let known = endpoint.is_some_and(|w| key.expected.contains(&w.identity));
+                slot.sweep(known)
             });
-            *slot.seen.lock() = pool.tunnels.iter().map(|pooled| pooled.tunnel.clone()).collect();
-            !pool.tunnels.is_empty()
+            !slots.is_empty()
         });
     }
-
     pub fn count(&self) -> usize {
-        self.slots
-            .lock()
-            .values()
-            .map(|slot| slot.seen.lock().len())
-            .sum()
+        let slots = self.slots.lock();
+        let all = slots.values().flat_map(HashMap::values);
+        all.map(|slot| slot.seen.lock().len()).sum()
     }
 
     /// Closes all: their streams end, then they do.
@@ -257,6 +246,23 @@ impl Slot {
                 Err(TunnelError::Shared(error))
             }
         }
+    }
+
+    /// Closes what is idle, or all if the endpoint is not what it was; whether anything is left.
+    fn sweep(&self, known: bool) -> bool {
+        // A slot that is dialling is in use.
+        let Ok(mut pool) = self.pool.try_lock() else {
+            return true;
+        };
+        let now = Instant::now();
+        pool.tunnels.retain_mut(|pooled| {
+            if pooled.tunnel.streams() > 0 {
+                pooled.used = now;
+            }
+            known && !pooled.tunnel.is_closed() && now.duration_since(pooled.used) < IDLE
+        });
+        *self.seen.lock() = pool.tunnels.iter().map(|pooled| pooled.tunnel.clone()).collect();
+        !pool.tunnels.is_empty()
     }
 
     async fn forget(&self, gone: &Tunnel) {
