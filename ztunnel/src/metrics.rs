@@ -41,6 +41,8 @@ pub struct Metrics {
     pub pods: IntGauge,
     /// Number of the snapshot in use.
     pub snapshot_generation: IntGauge,
+    /// Workloads known now.
+    pub workloads: IntGauge,
 }
 
 const PAIR: [&str; 9] = [
@@ -126,6 +128,7 @@ impl Metrics {
             recheck_seconds,
             pods: gauge("culvert_pods", "Pods served")?,
             snapshot_generation: gauge("culvert_snapshot_generation", "Number of the snapshot in use")?,
+            workloads: gauge("culvert_workloads", "Workloads known")?,
             registry,
         })
     }

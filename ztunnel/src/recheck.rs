@@ -22,6 +22,8 @@ pub async fn run(context: Arc<Context>) {
             .metrics
             .snapshot_generation
             .set(snapshot.generation.cast_signed());
+        let workloads = i64::try_from(snapshot.workload_count()).unwrap_or(i64::MAX);
+        context.metrics.workloads.set(workloads);
         for pod in context.pods.all() {
             let Some(own) = snapshot.workload(&pod.workload_uid) else {
                 continue;

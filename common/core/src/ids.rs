@@ -77,11 +77,15 @@ impl SpiffeId {
         namespace: &str,
         service_account: &str,
     ) -> Result<Self, IdError> {
+        Self::template(trust_domain, namespace, service_account).parse()
+    }
+
+    /// The text of the default template, not yet checked.
+    pub fn template(trust_domain: &TrustDomain, namespace: &str, service_account: &str) -> String {
         format!(
             "{SCHEME}{}/ns/{namespace}/sa/{service_account}",
             trust_domain.as_str()
         )
-        .parse()
     }
 
     pub fn as_str(&self) -> &str {
@@ -155,6 +159,12 @@ macro_rules! opaque {
         impl From<Arc<str>> for $name {
             fn from(text: Arc<str>) -> Self {
                 Self(text)
+            }
+        }
+
+        impl From<$name> for Arc<str> {
+            fn from(name: $name) -> Self {
+                name.0
             }
         }
 

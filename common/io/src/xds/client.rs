@@ -1,7 +1,7 @@
 //! The delta ADS client.
 
 use super::{
-    decode::{DecodeError, decode},
+    decode::{self, DecodeError, decode_sharing},
     questions::{Question, Questions},
 };
 use crate::control::{Backoff, Control, ControlError};
@@ -91,6 +91,7 @@ pub fn start(settings: Settings) -> Result<(Discovery, impl Future<Output = ()> 
         shared: shared.clone(),
         snapshot: Snapshot::default(),
         types: TYPES.map(|url| (url, TypeState::default())).into(),
+        shared_names: decode::Shared::default(),
         questions: Questions::default(),
         source: None,
     };
@@ -178,11 +179,11 @@ impl Discovery {
 #[derive(Default)]
 struct TypeState {
     listed: bool,
-    held: HashMap<String, Held>,
+    held: HashMap<Arc<str>, Held>,
 }
 
 struct Held {
-    version: String,
+    version: Box<str>,
     names: Named,
 }
 
@@ -201,6 +202,7 @@ struct Client {
     shared: Arc<Shared>,
     snapshot: Snapshot,
     types: HashMap<&'static str, TypeState>,
+    shared_names: decode::Shared,
     questions: Questions,
     /// Control's uid and the highest version it has served.
     source: Option<(String, u64)>,
@@ -263,7 +265,7 @@ impl Client {
             initial_resource_versions: state
                 .held
                 .iter()
-                .map(|(name, held)| (name.clone(), held.version.clone()))
+                .map(|(name, held)| (name.to_string(), held.version.to_string()))
                 .collect(),
             ..DeltaDiscoveryRequest::default()
         };
@@ -372,7 +374,7 @@ impl Client {
 
     fn read(&mut self, url: &'static str, resource: Resource) -> Result<Change, DecodeError> {
         let bytes = resource.resource.map(|any| any.value).unwrap_or_default();
-        let change = decode(url, &bytes)?;
+        let change = decode_sharing(url, &bytes, &mut self.shared_names)?;
         let names = match &change {
             Change::Workload(workload) => Named::Workload(workload.uid.clone()),
             Change::Service(service) => Named::Service(service.key.clone()),
@@ -380,14 +382,14 @@ impl Client {
             Change::OutboundPolicy(policy) => Named::OutboundPolicy(policy.key.clone()),
             _ => Named::Config,
         };
+        let name = match &names {
+            // Control names a workload by its uid, which is kept once.
+            Named::Workload(uid) if uid.as_str() == resource.name => uid.clone().into(),
+            _ => Arc::from(resource.name),
+        };
+        let version = resource.version.into();
         let state = self.types.entry(url).or_default();
-        state.held.insert(
-            resource.name,
-            Held {
-                version: resource.version,
-                names,
-            },
-        );
+        state.held.insert(name, Held { version, names });
         Ok(change)
     }
 

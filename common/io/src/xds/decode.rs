@@ -17,7 +17,9 @@ use culvert_proto::{mesh as own, security, type_url, workload as wire};
 use ipnet::IpNet;
 use prost::Message;
 use std::{
+    collections::{HashMap, HashSet},
     net::{IpAddr, Ipv4Addr, Ipv6Addr},
+    str::FromStr,
     sync::Arc,
 };
 
@@ -47,9 +49,16 @@ fn message<M: Message + Default>(bytes: &[u8]) -> Result<M, DecodeError> {
 
 /// Reads one resource of an ADS stream.
 pub fn decode(type_url: &str, bytes: &[u8]) -> Result<Change, DecodeError> {
+    decode_sharing(type_url, bytes, &mut Shared::default())
+}
+
+/// Reads one resource, whose strings share memory with those of others that `shared` has seen.
+pub fn decode_sharing(type_url: &str, bytes: &[u8], shared: &mut Shared) -> Result<Change, DecodeError> {
     match type_url {
         type_url::ADDRESS => match message::<wire::Address>(bytes)?.r#type {
-            Some(wire::address::Type::Workload(one)) => Ok(Change::Workload(Box::new(workload(one)?))),
+            Some(wire::address::Type::Workload(one)) => {
+                Ok(Change::Workload(Box::new(workload(one, shared)?)))
+            }
             Some(wire::address::Type::Service(one)) => Ok(Change::Service(Box::new(service(one)?))),
             None => Err(field("type", "neither a workload nor a service")),
         },
@@ -136,24 +145,21 @@ fn extension<M: Message + Default>(all: &[wire::Extension], name: &str) -> Resul
     }
 }
 
-fn workload(one: wire::Workload) -> Result<Workload, DecodeError> {
-    let or = |text: String, default: &str| {
-        if text.is_empty() {
-            default.into()
-        } else {
-            Arc::<str>::from(text)
-        }
-    };
+fn workload(one: wire::Workload, shared: &mut Shared) -> Result<Workload, DecodeError> {
+    fn or<'t>(text: &'t str, default: &'t str) -> &'t str {
+        if text.is_empty() { default } else { text }
+    }
     let extra: own::WorkloadOptions = extension(&one.extensions, "culvert.dev/workload")?;
     if one.uid.is_empty() {
         return Err(field("uid", "empty"));
     }
-    let service_account = or(one.service_account, "default");
-    let identity: SpiffeId = if extra.spiffe_id.is_empty() {
-        let trust_domain: TrustDomain = or(one.trust_domain, "cluster.local").parse()?;
-        SpiffeId::from_template(&trust_domain, &one.namespace, &service_account)?
+    let service_account = shared.text(or(&one.service_account, "default"));
+    let identity = if extra.spiffe_id.is_empty() {
+        let trust_domain: TrustDomain = or(&one.trust_domain, "cluster.local").parse()?;
+        let id = SpiffeId::template(&trust_domain, &one.namespace, &service_account);
+        shared.identity(&id)?
     } else {
-        extra.spiffe_id.parse()?
+        shared.identity(&extra.spiffe_id)?
     };
     let protocol = match wire::TunnelProtocol::try_from(one.tunnel_protocol) {
         Ok(wire::TunnelProtocol::NoTunnel) => Protocol::Tcp,
@@ -175,7 +181,7 @@ fn workload(one: wire::Workload) -> Result<Workload, DecodeError> {
     Ok(Workload {
         uid: one.uid.into(),
         name: one.name.into(),
-        namespace: one.namespace.into(),
+        namespace: shared.text(&one.namespace),
         service_account,
         identity,
         addresses: one
@@ -183,20 +189,20 @@ fn workload(one: wire::Workload) -> Result<Workload, DecodeError> {
             .iter()
             .map(|bytes| address("addresses", bytes))
             .collect::<Result<_, _>>()?,
-        network: NetworkId::from(one.network),
-        hostname: extra.hostname.into(),
+        network: shared.text(&one.network).into(),
+        hostname: shared.text(&extra.hostname),
         protocol,
-        node: one.node.into(),
-        cluster: or(one.cluster_id, "Kubernetes"),
+        node: shared.text(&one.node),
+        cluster: shared.text(or(&one.cluster_id, "Kubernetes")),
         locality: Locality {
-            region: locality.region.into(),
-            zone: locality.zone.into(),
-            subzone: locality.subzone.into(),
+            region: shared.text(&locality.region),
+            zone: shared.text(&locality.zone),
+            subzone: shared.text(&locality.subzone),
         },
         services: one
             .services
             .into_iter()
-            .map(|(key, list)| Ok((key.parse::<ServiceKey>()?, ports(&list.ports)?)))
+            .map(|(key, list)| Ok((shared.service(&key)?, ports(&list.ports)?)))
             .collect::<Result<_, DecodeError>>()?,
         policies: keys(one.authorization_policies)?,
         outbound_policies: keys(extra.outbound_policies)?,
@@ -205,9 +211,9 @@ fn workload(one: wire::Workload) -> Result<Workload, DecodeError> {
         waypoint: one.waypoint.map(gateway).transpose()?,
         host_network: one.network_mode == i32::from(wire::NetworkMode::HostNetwork),
         refuses_plaintext: extra.plaintext_refused,
-        canonical_name: one.canonical_name.into(),
-        canonical_revision: one.canonical_revision.into(),
-        workload_name: one.workload_name.into(),
+        canonical_name: shared.text(&one.canonical_name),
+        canonical_revision: shared.text(&one.canonical_revision),
+        workload_name: shared.text(&one.workload_name),
         kind: match wire::WorkloadType::try_from(one.workload_type) {
             Ok(wire::WorkloadType::Cronjob) => WorkloadKind::CronJob,
             Ok(wire::WorkloadType::Pod) => WorkloadKind::Pod,
@@ -215,6 +221,54 @@ fn workload(one: wire::Workload) -> Result<Workload, DecodeError> {
             Ok(wire::WorkloadType::Deployment) | Err(_) => WorkloadKind::Deployment,
         },
     })
+}
+
+/// What workloads have in common, kept once: of a hundred thousand of them most strings are the same few.
+#[derive(Debug, Default)]
+pub struct Shared {
+    texts: HashSet<Arc<str>>,
+    identities: HashMap<Box<str>, SpiffeId>,
+    services: HashMap<Box<str>, ServiceKey>,
+}
+
+impl Shared {
+    /// Most of a kind that are remembered. Beyond it all are forgotten, which costs sharing and nothing else.
+    const MOST: usize = 1 << 16;
+
+    fn text(&mut self, text: &str) -> Arc<str> {
+        if let Some(known) = self.texts.get(text) {
+            return known.clone();
+        }
+        if self.texts.len() >= Self::MOST {
+            self.texts.clear();
+        }
+        let new: Arc<str> = text.into();
+        self.texts.insert(new.clone());
+        new
+    }
+
+    fn identity(&mut self, text: &str) -> Result<SpiffeId, IdError> {
+        known_or_parsed(&mut self.identities, text)
+    }
+
+    fn service(&mut self, text: &str) -> Result<ServiceKey, IdError> {
+        known_or_parsed(&mut self.services, text)
+    }
+}
+
+fn known_or_parsed<T>(known: &mut HashMap<Box<str>, T>, text: &str) -> Result<T, IdError>
+where
+    T: Clone + FromStr<Err = IdError>,
+{
+    if let Some(known) = known.get(text) {
+        return Ok(known.clone());
+    }
+    if known.len() >= Shared::MOST {
+        known.clear();
+    }
+    let new: T = text.parse()?;
+    known.insert(text.into(), new.clone());
+    Ok(new)
 }
 
 fn service(one: wire::Service) -> Result<Service, DecodeError> {

@@ -26,6 +26,7 @@ fn client(mode: Mode) -> Client {
         shared,
         snapshot: Snapshot::default(),
         types: TYPES.map(|url| (url, TypeState::default())).into(),
+        shared_names: decode::Shared::default(),
         questions: Questions::default(),
         source: None,
     }
