@@ -1,20 +1,21 @@
 //! The network and the pods misbehave; bytes and identities do not.
 
 use std::io::Read;
-use std::net::SocketAddr;
+use std::net::{SocketAddr, TcpStream};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread;
 use std::time::Duration;
 
-use culvert_e2e::lab::capture::Recording;
-use culvert_e2e::lab::{Effect, PodSpec, poll_until};
-use culvert_e2e::mesh::{Mesh, config};
+use culvert_e2e::lab::capture::{Recording, Sighting};
+use culvert_e2e::lab::{Effect, Pod, PodSpec, poll_until};
+use culvert_e2e::mesh::{Mesh, MeshNode, Options, config};
 use culvert_e2e::oracles::Steady;
 use culvert_e2e::traffic::{Server, echo_once, send_pattern};
 
 use crate::{Shop, WAIT};
 
 const CANARY: &[u8] = b"canary-f07d5510be";
+const PLAIN: &[u8] = b"plain-0915a7c3d2ee";
 
 fn no_canary(recording: &Recording, link: &str) {
     assert_eq!(recording.sightings(), [], "on {link}");
@@ -49,21 +50,26 @@ fn say_the_canary(shop: &Shop, until: &AtomicBool) -> u64 {
 }
 
 #[test]
-fn f07_flushed_rules_come_back_and_nothing_leaves_the_node_meanwhile() {
+fn f07_flushed_rules_come_back_and_nothing_leaves_a_pod_meanwhile() {
     let shop = Shop::open();
     let _echo = Server::echo(shop.cart.listen(8080).unwrap()).unwrap();
     let done = AtomicBool::new(false);
-    // Behind the hosts' guards: a tap on a pod's own veth sees what its guard is about to drop.
-    let links = [(
-        "the link between the nodes",
-        shop.a.node().capture(&[CANARY]).unwrap(),
-    )];
+    let links = [
+        ("the caller's link", &*shop.web),
+        ("the server's link", &*shop.cart),
+        ("the link between the nodes", shop.a.node()),
+    ]
+    .map(|(name, place)| (name, place.capture(&[CANARY]).unwrap()));
+    let older = shop.web.connect((shop.vip.v4, 80)).unwrap();
+    older.set_read_timeout(Some(WAIT)).unwrap();
+    echo_once(&older, CANARY).unwrap();
     let said = thread::scope(|scope| {
         let speaker = scope.spawn(|| say_the_canary(&shop, &done));
         thread::sleep(Duration::from_secs(1));
         for pod in [&shop.web, &shop.cart] {
             pod.flush_rules().unwrap();
-            thread::sleep(Duration::from_secs(3));
+            echo_once(&older, CANARY).unwrap_or_else(|e| panic!("an open connection goes on: {e:#}"));
+            thread::sleep(Duration::from_secs(2));
         }
         done.store(true, Ordering::Relaxed);
         speaker.join().unwrap()
@@ -79,39 +85,92 @@ fn f07_flushed_rules_come_back_and_nothing_leaves_the_node_meanwhile() {
     }
 }
 
+/// Says `text` over one connection until it ends or the time is over.
+fn keep_saying(socket: &TcpStream, text: &[u8], until: &AtomicBool) {
+    while !until.load(Ordering::Relaxed) && echo_once(socket, text).is_ok() {
+        thread::sleep(Duration::from_millis(10));
+    }
+}
+
 #[test]
-fn f09_leaving_and_joining_the_mesh_leaks_nothing_of_a_strict_pod() {
-    let shop = Shop::open();
+fn f09_what_was_said_in_the_mesh_never_shows_when_a_pod_leaves_it() {
+    let turns = if crate::full_length() { 100 } else { 4 };
+    let shop = Shop::open_with(Options {
+        agent_args: vec!["--drain-seconds".into(), "1".into()],
+        ..Options::default()
+    });
     let _echo = Server::echo(shop.cart.listen(8080).unwrap()).unwrap();
-    let done = AtomicBool::new(false);
-    let link = shop.a.node().capture(&[CANARY]).unwrap();
-    let said = thread::scope(|scope| {
-        let speaker = scope.spawn(|| say_the_canary(&shop, &done));
-        for turn in 0..6 {
-            let mode = if turn % 2 == 0 { "none" } else { "ambient" };
-            let mut object = config::pod(&shop.cart);
+    let links = [&shop.web, &shop.cart].map(|pod| (pod, pod.capture(&[CANARY, PLAIN]).unwrap()));
+    for turn in 0..turns {
+        // The destination and the source leave in turn, over one family and the other.
+        let (pod, node) = [(&shop.cart, &shop.b), (&shop.web, &shop.a)][turn % 2];
+        let to = SocketAddr::from((shop.vip.all()[turn / 2 % 2], 80));
+        let enrol = |mode: &str| {
+            let mut object = config::pod(pod);
             object["metadata"]["labels"][config::ENROL] = mode.into();
             shop.mesh.apply_object(&object).unwrap();
-            thread::sleep(Duration::from_millis(700));
-        }
-        done.store(true, Ordering::Relaxed);
-        speaker.join().unwrap()
-    });
-    assert!(said > 50, "the canary was said {said} times");
-    poll_until("the mesh carries it again", WAIT, || {
-        let socket = shop.web.connect((shop.cart.addresses().v4, 8080))?;
-        socket.set_read_timeout(Some(WAIT))?;
-        echo_once(&socket, CANARY).map(Some)
+            speaks(node, pod, if mode == "none" { "Tcp" } else { "Hbone" });
+        };
+        let open: Vec<_> = (0..6)
+            .map(|_| {
+                let socket = shop.web.connect(to).unwrap();
+                socket.set_read_timeout(Some(Duration::from_secs(5))).unwrap();
+                echo_once(&socket, CANARY).unwrap_or_else(|e| panic!("turn {turn}: {e:#}"));
+                socket
+            })
+            .collect();
+        let done = AtomicBool::new(false);
+        thread::scope(|scope| {
+            for socket in &open {
+                scope.spawn(|| keep_saying(socket, CANARY, &done));
+            }
+            // What opens meanwhile may be in the mesh or not, by the user's own wish.
+            scope.spawn(|| {
+                while !done.load(Ordering::Relaxed) {
+                    let Ok(socket) = shop.web.connect_within(to, Duration::from_secs(1)) else {
+                        continue;
+                    };
+                    socket.set_read_timeout(Some(Duration::from_secs(1))).unwrap();
+                    for _ in 0..10 {
+                        if echo_once(&socket, PLAIN).is_err() {
+                            break;
+                        }
+                    }
+                    thread::sleep(Duration::from_millis(10));
+                }
+            });
+            enrol("none");
+            thread::sleep(Duration::from_secs(2));
+            enrol("ambient");
+            done.store(true, Ordering::Relaxed);
+        });
+    }
+    for (pod, link) in links {
+        let recording = link.stop().unwrap();
+        let (canaries, plain): (Vec<_>, Vec<_>) = recording
+            .sightings()
+            .iter()
+            .partition(|sighting| sighting.canary.as_bytes() == CANARY);
+        assert_eq!(canaries, Vec::<&Sighting>::new(), "on the link of {}", pod.name());
+        assert!(
+            !plain.is_empty(),
+            "outside of the mesh {} is in the clear",
+            pod.name()
+        );
+    }
+}
+
+/// Waits until `node` knows the pod as one that is spoken to in this way.
+fn speaks(node: &MeshNode, pod: &Pod, protocol: &str) {
+    poll_until(&format!("{} speaks {protocol}", pod.name()), WAIT, || {
+        let dump: serde_json::Value = serde_json::from_str(&node.admin("/config_dump")?.body)?;
+        let known = dump["workloads"].as_array().is_some_and(|all| {
+            all.iter()
+                .any(|one| one["name"] == pod.spec().name && one["protocol"] == protocol)
+        });
+        Ok(known.then_some(()))
     })
     .unwrap();
-    // While the destination is out of the mesh its traffic is plain by its own wish; inside it never is.
-    let recording = link.stop().unwrap();
-    for flow in recording
-        .flows_with_payload()
-        .filter(|flow| flow.server.port() == 15008)
-    {
-        flow.server_hello().unwrap_or_else(|e| panic!("{flow}: {e}"));
-    }
 }
 
 #[test]

@@ -1,44 +1,39 @@
 //! Capture in a pod: which connections ztunnel takes.
 //!
 //! ```text
+//! routes:      TCP without a mark of ours ends at the pod's own loopback (`wall`)
+//! mark-out:    ztunnel's sockets, answers to probes, exclusions: marked, they leave as they are
 //! output:      SYN of the app ─nat─▶ 15001     port 53 to a cluster resolver ─nat─▶ 15053…
 //! prerouting:  SYN to the app ─nat─▶ 15006     15008, probes, exclusions pass
-//! reply route: answers to a source address that ztunnel borrowed come back to it by mark
-//! filter:      a SYN that nothing above took is rejected
+//! filter:      what nothing above took is rejected
 //! ```
-//! Invariant: one transaction puts all of it in place or nothing. Only a first SYN is redirected: a rule
-//! that saw later segments would reset connections that were open before it (settled D7).
+//! Invariant: one transaction puts all rules in place or none. Only a first SYN is redirected: a rule
+//! that saw later segments would reset connections that were open before it. Nothing leaves the pod that
+//! the rules do not send out, so with the rules gone nothing leaves it (settled D7).
 
 pub mod rules;
+mod wall;
 
 pub use rules::{Marks, Rules};
 
 use crate::netns::{NetlinkError, Netns};
 use nlink::{
-    Connection, Nftables, Route,
+    Connection, Nftables,
     netlink::{
+        SockDiag,
         nftables::{Family, Rule, Transaction},
-        route::{Ipv4Route, Ipv6Route},
-        rule::RuleBuilder,
-        types::route::{RouteScope, RouteType},
     },
+    sockdiag::SocketFilter,
 };
 use rules::{TABLE, chains};
-use std::{
-    net::{Ipv4Addr, Ipv6Addr},
-    os::fd::AsFd,
-};
-
-/// The routing table of borrowed source addresses.
-const REPLY_TABLE: u32 = 100;
-const REPLY_PRIORITY: u32 = 32764;
-const AF_INET: u8 = nix::libc::AF_INET as u8;
-const AF_INET6: u8 = nix::libc::AF_INET6 as u8;
+use std::os::fd::AsFd;
+use wall::Wall;
 
 /// The rules in one pod, and the means to look at them.
 pub struct Capture {
     nft: Connection<Nftables>,
-    route: Connection<Route>,
+    sockets: Connection<SockDiag>,
+    wall: Wall,
     rules: Rules,
     phase: Phase,
     seen: Seen,
@@ -63,7 +58,8 @@ impl Capture {
     pub async fn install(netns: &Netns, rules: Rules) -> Result<Self, NetlinkError> {
         let mut capture = Self {
             nft: Connection::<Nftables>::new_in(netns.as_fd())?,
-            route: Connection::<Route>::new_in(netns.as_fd())?,
+            sockets: Connection::<SockDiag>::new_in(netns.as_fd())?,
+            wall: Wall::new(netns)?,
             rules,
             phase: Phase::Taking,
             seen: Seen::default(),
@@ -95,22 +91,22 @@ impl Capture {
         self.write().await
     }
 
-    /// Takes everything away.
+    /// Takes everything away. What ztunnel still has open in the pod is reset first, whether it lives or
+    /// hangs: untranslated, the application's next segment would go to the original destination.
     pub async fn remove(&mut self) -> Result<(), NetlinkError> {
+        let left = SocketFilter::tcp()
+            .connected()
+            .mark(self.rules.marks.socket, u32::MAX)
+            .build_inet();
+        self.sockets.destroy_matching(&left).await?;
         self.nft.del_table_if_exists(TABLE, Family::Inet).await?;
-        let present = self.reply_families().await?;
-        for (family, rule) in reply_rules(self.rules.marks.reply) {
-            if present.contains(&family) {
-                self.route.del_rule_if_exists(rule).await?;
-            }
-        }
-        Ok(())
+        self.wall.remove().await
     }
 
-    /// Whether everything is as it was put in place. While nobody touches any rule in the pod this costs
-    /// one question to the kernel, and one for the routes.
+    /// Whether everything is as it was put in place. While nobody touches rules or routes in the pod this
+    /// costs one question to the kernel and a look at an empty queue.
     pub async fn is_intact(&mut self) -> Result<bool, NetlinkError> {
-        if !self.replies_routed().await? {
+        if !self.wall.is_intact().await? {
             return Ok(false);
         }
         let generation = self.nft.generation().await?;
@@ -125,7 +121,6 @@ impl Capture {
     }
 
     async fn write(&mut self) -> Result<(), NetlinkError> {
-        self.route_replies().await?;
         let mut batch = fresh_table(&self.nft, TABLE, Family::Inet).await?;
         for chain in chains()? {
             batch = batch.add_chain(chain);
@@ -139,6 +134,7 @@ impl Capture {
             batch = batch.add_rule(rule.family(Family::Inet));
         }
         batch.commit(&self.nft).await?;
+        self.wall.build().await?;
         self.generation = self.nft.generation().await?;
         self.seen = self.look().await?;
         if self.seen.rules.len() == count {
@@ -164,41 +160,6 @@ impl Capture {
                 .collect(),
         })
     }
-
-    async fn replies_routed(&self) -> Result<bool, NetlinkError> {
-        let routes = self.route.get_routes_for_table(REPLY_TABLE).await?;
-        Ok(self.reply_families().await?.len() == 2 && routes.len() >= 2)
-    }
-
-    /// The address families whose replies are routed by mark now.
-    async fn reply_families(&self) -> Result<Vec<u8>, NetlinkError> {
-        let mark = self.rules.marks.reply;
-        let rules = self.route.get_rules().await?;
-        let ours = rules
-            .iter()
-            .filter(|rule| rule.fwmark() == Some(mark) && rule.table_id() == REPLY_TABLE);
-        Ok(ours.map(|rule| rule.family()).collect())
-    }
-
-    async fn route_replies(&self) -> Result<(), NetlinkError> {
-        let present = self.reply_families().await?;
-        for (family, rule) in reply_rules(self.rules.marks.reply) {
-            if !present.contains(&family) {
-                self.route.add_rule(rule).await?;
-            }
-        }
-        let v4 = Ipv4Route::from_addr(Ipv4Addr::UNSPECIFIED, 0)
-            .dev("lo")
-            .route_type(RouteType::Local)
-            .scope(RouteScope::Host)
-            .table(REPLY_TABLE);
-        self.route.replace_route(v4).await?;
-        let v6 = Ipv6Route::from_addr(Ipv6Addr::UNSPECIFIED, 0)
-            .dev("lo")
-            .route_type(RouteType::Local)
-            .table(REPLY_TABLE);
-        Ok(self.route.replace_route(v6).await?)
-    }
 }
 
 /// A transaction that begins with an empty table of this name, whatever it held before.
@@ -213,15 +174,6 @@ pub async fn fresh_table(
         batch = batch.del_table(name, family);
     }
     Ok(batch.add_table(name, family))
-}
-
-fn reply_rules(mark: u32) -> [(u8, RuleBuilder); 2] {
-    [(AF_INET, RuleBuilder::v4()), (AF_INET6, RuleBuilder::v6())].map(|(family, rule)| {
-        (
-            family,
-            rule.fwmark(mark).table(REPLY_TABLE).priority(REPLY_PRIORITY),
-        )
-    })
 }
 
 #[cfg(test)]

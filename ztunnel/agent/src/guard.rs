@@ -21,13 +21,14 @@ use nix::libc;
 use nlink::{
     Connection, Nftables,
     netlink::nftables::{
-        BaseChain, Chain, Family, Field, FilterHook, Match, PacketField, Policy, Priority, Rule, Set,
-        SetElement, SetKeyType, TcpFlags, Value,
+        BaseChain, Chain, CmpOp, Expr, Family, Field, FilterHook, Match, PacketField, PayloadBase, Policy,
+        Priority, Register, Rule, Set, SetElement, SetKeyType, TcpFlags, Value,
     },
 };
 use std::{
     collections::{HashSet, VecDeque},
     net::{IpAddr, SocketAddr},
+    sync::{Arc, Mutex, PoisonError},
 };
 
 const CHAIN: &str = "from-pod";
@@ -55,9 +56,34 @@ pub struct GuardRules {
     pub refuse_other_traffic: bool,
 }
 
+/// The rules of the host, of which every guard is a part: a change that was ours is no reason for all
+/// guards to be looked at.
+pub struct Host {
+    nft: Connection<Nftables>,
+    own: Arc<Own>,
+}
+
+/// Generations of the host's rules that differ only by what guards have changed: first and last.
+type Own = Mutex<(u32, u32)>;
+
+impl Host {
+    pub fn new() -> Result<Self, NetlinkError> {
+        Ok(Self {
+            nft: Connection::<Nftables>::new()?,
+            own: Arc::default(),
+        })
+    }
+
+    /// What guards are compared with: asked once, it serves to look at all of them.
+    pub async fn generation(&self) -> Result<u32, NetlinkError> {
+        Ok(self.nft.generation().await?)
+    }
+}
+
 /// The guard of one pod.
 pub struct Guard {
     nft: Connection<Nftables>,
+    own: Arc<Own>,
     table: String,
     device: String,
     rules: GuardRules,
@@ -71,10 +97,11 @@ pub struct Guard {
 
 impl Guard {
     /// Hooks on to the link with this index in the agent's own namespace.
-    pub async fn stand(ifindex: u32, rules: GuardRules) -> Result<Self, NetlinkError> {
+    pub async fn stand(host: &Host, ifindex: u32, rules: GuardRules) -> Result<Self, NetlinkError> {
         let device = nix::net::if_::if_indextoname(ifindex).map_err(std::io::Error::from)?;
         let mut guard = Self {
             nft: Connection::<Nftables>::new()?,
+            own: host.own.clone(),
             table: format!("culvert-{ifindex}"),
             device: device.to_string_lossy().into_owned(),
             rules,
@@ -119,11 +146,13 @@ impl Guard {
             .add_set_elements(&self.set(destination.ip()), &[element(destination)])
             .commit(&self.nft)
             .await;
-        if added.is_err() {
+        if let Err(error) = added {
             self.declared.remove(&destination);
             self.order.pop_back();
+            return Err(error.into());
         }
-        Ok(added?)
+        self.changed().await?;
+        Ok(())
     }
 
     /// Packets dropped so far.
@@ -133,23 +162,35 @@ impl Guard {
         Ok(self.dropped_before + now)
     }
 
-    /// Whether the rules are as they were put in place.
-    pub async fn is_intact(&mut self) -> Result<bool, NetlinkError> {
-        let generation = self.nft.generation().await?;
-        if generation == self.generation {
-            return Ok(true);
-        }
-        if self.look().await? != self.seen {
+    /// Whether the rules are as they were put in place, at this generation of the host's.
+    pub async fn is_intact(&mut self, host: u32) -> Result<bool, NetlinkError> {
+        let (first, last) = *self.own.lock().unwrap_or_else(PoisonError::into_inner);
+        let own = first..=last;
+        let ours = own.contains(&self.generation) && own.contains(&host);
+        if host != self.generation && !ours && self.look().await? != self.seen {
             return Ok(false);
         }
-        self.generation = generation;
+        self.generation = host;
         Ok(true)
     }
 
-    pub async fn leave(self) -> Result<(), NetlinkError> {
+    /// Takes note of a change that was this guard's.
+    async fn changed(&mut self) -> Result<u32, NetlinkError> {
+        let now = self.nft.generation().await?;
+        let mut own = self.own.lock().unwrap_or_else(PoisonError::into_inner);
+        match own.1.checked_add(1) {
+            Some(next) if next == now => own.1 = now,
+            // Somebody else was here, too.
+            _ => *own = (now, now),
+        }
+        Ok(now)
+    }
+
+    pub async fn leave(mut self) -> Result<(), NetlinkError> {
         self.nft
             .del_table_if_exists(self.table.as_str(), Family::Netdev)
             .await?;
+        self.changed().await?;
         Ok(())
     }
 
@@ -174,7 +215,7 @@ impl Guard {
             batch = batch.add_rule(rule.family(Family::Netdev));
         }
         batch.commit(&self.nft).await?;
-        self.generation = self.nft.generation().await?;
+        self.generation = self.changed().await?;
         self.seen = self.look().await?;
         Ok(())
     }
@@ -264,8 +305,14 @@ impl Guard {
             value: both.into(),
             mask: both.into(),
         };
-        rules.push(chain().then(Match::eq(Field::TcpFlags, answer)).accept());
-        rules.push(chain().then(Match::eq(Field::TcpFlags, TcpFlags::RST)).accept());
+        for (flags, options) in [
+            (Match::eq(Field::TcpFlags, answer), HANDSHAKE_OPTIONS),
+            (Match::eq(Field::TcpFlags, TcpFlags::RST), RESET_OPTIONS),
+        ] {
+            for empty in without_payload(options) {
+                rules.push(empty(chain().then(flags.clone())).accept());
+            }
+        }
         if !self.rules.refuse_plaintext {
             // A server's port is none that clients are given, so this is no captured connection whose
             // translation was lost: that one has a client's port.
@@ -282,6 +329,37 @@ impl Guard {
 const TCP: u8 = libc::IPPROTO_TCP as u8;
 const UDP: u8 = libc::IPPROTO_UDP as u8;
 const SCTP: u8 = libc::IPPROTO_SCTP as u8;
+
+/// What Linux puts into a handshake's answer (segment size, scale, SACK, timestamp) and into a reset
+/// (timestamp). Where less is there a root's own segments can carry the difference, and no more.
+const HANDSHAKE_OPTIONS: u16 = 20;
+const RESET_OPTIONS: u16 = 12;
+
+/// The two ways, one for each family, to say of a TCP rule that there is no payload after so many bytes of
+/// options.
+fn without_payload(options: u16) -> [impl Fn(Rule) -> Rule; 2] {
+    let tcp = 20 + options;
+    // An IPv4 length counts its own header, an IPv6 length does not.
+    let [v4, v6] = [(libc::ETH_P_IP, 2, 20 + tcp), (libc::ETH_P_IPV6, 4, tcp)];
+    [v4, v6].map(|(family, offset, most)| {
+        move |rule: Rule| {
+            let length = Expr::Payload {
+                dreg: Register::R0,
+                base: PayloadBase::Network,
+                offset,
+                len: 2,
+            };
+            let few = Expr::Cmp {
+                sreg: Register::R0,
+                op: CmpOp::Lte,
+                data: most.to_be_bytes().to_vec(),
+            };
+            rule.then(Match::eq(Field::Protocol, family as u16))
+                .expr(length)
+                .expr(few)
+        }
+    })
+}
 
 fn element(destination: SocketAddr) -> SetElement {
     let ip = match destination.ip() {

@@ -41,10 +41,11 @@ pub enum ListenError {
     Port { port: u16, source: io::Error },
 }
 
-/// Makes all listeners of a pod.
-pub fn listen(netns: &Netns, resolvers: &[IpAddr]) -> Result<Vec<Kept>, ListenError> {
+/// Makes all listeners of a pod. They carry the mark of ztunnel's sockets, and so do the connections that
+/// are accepted on them: only what is marked leaves the pod.
+pub fn listen(netns: &Netns, mark: u32, resolvers: &[IpAddr]) -> Result<Vec<Kept>, ListenError> {
     netns
-        .enter(|| listen_here(resolvers))
+        .enter(|| listen_here(mark, resolvers))
         .map_err(ListenError::Enter)?
 }
 
@@ -53,7 +54,7 @@ pub fn count(resolvers: &[IpAddr]) -> usize {
     3 + 2 * resolvers.len()
 }
 
-fn listen_here(resolvers: &[IpAddr]) -> Result<Vec<Kept>, ListenError> {
+fn listen_here(mark: u32, resolvers: &[IpAddr]) -> Result<Vec<Kept>, ListenError> {
     let v6 = Socket::new(Domain::IPV6, Type::STREAM, None).is_ok();
     let any = if v6 {
         IpAddr::V6(Ipv6Addr::UNSPECIFIED)
@@ -68,7 +69,7 @@ fn listen_here(resolvers: &[IpAddr]) -> Result<Vec<Kept>, ListenError> {
     ] {
         kept.push(Kept {
             what: what(kind, v6, None),
-            socket: stream(SocketAddr::new(any, port))?.into(),
+            socket: stream(SocketAddr::new(any, port), mark)?.into(),
         });
     }
     for (port, resolver) in (DNS_PORT..).zip(resolvers) {
@@ -80,11 +81,11 @@ fn listen_here(resolvers: &[IpAddr]) -> Result<Vec<Kept>, ListenError> {
         let v6 = resolver.is_ipv6();
         kept.push(Kept {
             what: what(Listener::DnsTcp, v6, Some(*resolver)),
-            socket: stream(address)?.into(),
+            socket: stream(address, mark)?.into(),
         });
         kept.push(Kept {
             what: what(Listener::DnsUdp, v6, Some(*resolver)),
-            socket: datagram(address)?.into(),
+            socket: datagram(address, mark)?.into(),
         });
     }
     Ok(kept)
@@ -109,6 +110,7 @@ pub fn adopt(
     what: ListenerFd,
     socket: OwnedFd,
     cookie: u64,
+    mark: u32,
     resolvers: &[IpAddr],
 ) -> Result<Kept, AdoptError> {
     if culvert_io::sys::netns_cookie(&socket)? != cookie {
@@ -138,6 +140,7 @@ pub fn adopt(
     if !kept.works() {
         return Err(AdoptError::Deaf);
     }
+    SockRef::from(&kept.socket).set_mark(mark)?;
     Ok(kept)
 }
 
@@ -178,11 +181,12 @@ fn what(kind: Listener, v6: bool, resolver: Option<IpAddr>) -> ListenerFd {
     }
 }
 
-fn bound(address: SocketAddr, kind: Type, protocol: Protocol) -> Result<Socket, ListenError> {
+fn bound(address: SocketAddr, mark: u32, kind: Type, protocol: Protocol) -> Result<Socket, ListenError> {
     let port = address.port();
     let bind = || -> io::Result<Socket> {
         let socket = Socket::new(Domain::for_address(address), kind, Some(protocol))?;
         socket.set_nonblocking(true)?;
+        socket.set_mark(mark)?;
         if address.is_ipv6() {
             socket.set_only_v6(!address.ip().is_unspecified())?;
         }
@@ -204,8 +208,8 @@ fn bound(address: SocketAddr, kind: Type, protocol: Protocol) -> Result<Socket, 
     })
 }
 
-fn stream(address: SocketAddr) -> Result<OwnedFd, ListenError> {
-    let socket = bound(address, Type::STREAM, Protocol::TCP)?;
+fn stream(address: SocketAddr, mark: u32) -> Result<OwnedFd, ListenError> {
+    let socket = bound(address, mark, Type::STREAM, Protocol::TCP)?;
     socket.listen(BACKLOG).map_err(|source| ListenError::Port {
         port: address.port(),
         source,
@@ -213,8 +217,8 @@ fn stream(address: SocketAddr) -> Result<OwnedFd, ListenError> {
     Ok(socket.into())
 }
 
-fn datagram(address: SocketAddr) -> Result<OwnedFd, ListenError> {
-    Ok(bound(address, Type::DGRAM, Protocol::UDP)?.into())
+fn datagram(address: SocketAddr, mark: u32) -> Result<OwnedFd, ListenError> {
+    Ok(bound(address, mark, Type::DGRAM, Protocol::UDP)?.into())
 }
 
 /// Which sockets ztunnel asks for.

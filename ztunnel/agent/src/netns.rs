@@ -135,3 +135,36 @@ pub enum NetlinkError {
     #[error("somebody else changed the rules while they were put in place")]
     Contested,
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{capture::Marks, lab::Lab};
+
+    #[tokio::test]
+    async fn t40_a_namespace_is_found_by_its_inode_and_by_nothing_else() {
+        let lab = Lab::new().await;
+        let folder = tempfile::tempdir().unwrap();
+        let records = Records::open(folder.path()).unwrap();
+        let places = Places::new(folder.path().join("none"), records);
+        let path = |netns: &Netns| PathBuf::from(format!("/proc/self/fd/{}", netns.0.as_raw_fd()));
+        let mut record = Record {
+            uid: "u-1".into(),
+            namespace: "shop".into(),
+            name: "web".into(),
+            addresses: vec![],
+            host_ifindex: 0,
+            netns_path: Some(path(&lab.pod)),
+            netns: lab.pod.key().unwrap(),
+            marks: Marks::random(),
+            order: None,
+        };
+        let found = places.find(&record).expect("where its path leads");
+        assert_eq!(found.key().unwrap(), lab.pod.key().unwrap());
+        // As after the end of a process whose number somebody else has now.
+        record.netns_path = Some(path(&lab.node));
+        assert!(places.find(&record).is_none(), "another namespace is at its path");
+        record.netns_path = Some("/proc/self/ns/net".into());
+        assert!(places.find(&record).is_none());
+    }
+}

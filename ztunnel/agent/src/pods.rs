@@ -13,6 +13,7 @@ mod pod;
 
 use crate::{
     capture::Marks,
+    guard::Host,
     listeners,
     netns::{Netns, Places},
     orders::{PodOrder, Settings, address, port},
@@ -43,7 +44,7 @@ const LOOK_EVERY: Duration = Duration::from_millis(500);
 const LOOKS_FOR_RETURN: u64 = 4;
 
 /// Looks between two reports of counters, and between two readings of the node's addresses.
-const LOOKS_PER_REPORT: u64 = 4;
+const LOOKS_PER_REPORT: u64 = 10;
 const LOOKS_PER_ADDRESSES: u64 = 20;
 
 pub type Verdict = Result<(), String>;
@@ -103,6 +104,7 @@ impl Pods {
     pub async fn open(config: Config, records: Records, sources: Sources) -> io::Result<Self> {
         let mut pods = Self {
             node: NodeView {
+                host: Host::new().map_err(io::Error::other)?,
                 settings: records.settings(),
                 addresses: node_addresses().await,
             },
@@ -450,7 +452,7 @@ impl Pods {
         let resolvers = self.node.settings.clone().unwrap_or_default().resolvers;
         let mut kept = vec![];
         for (what, fd) in returned.listeners.into_iter().zip(fds) {
-            match listeners::adopt(what, fd, pod.cookie, &resolvers) {
+            match listeners::adopt(what, fd, pod.cookie, pod.record.marks.socket, &resolvers) {
                 Ok(listener) => kept.push(listener),
                 Err(error) => tracing::error!(pod = returned.uid, %error, "a listener is not taken back"),
             }
@@ -484,9 +486,14 @@ impl Pods {
                 self.settle_all().await;
             }
         }
-        let uids: Vec<String> = self.pods.keys().cloned().collect();
-        for uid in uids {
-            self.look_at(&uid).await;
+        match self.node.host.generation().await {
+            Ok(host) => {
+                let uids: Vec<String> = self.pods.keys().cloned().collect();
+                for uid in uids {
+                    self.look_at(&uid, host).await;
+                }
+            }
+            Err(error) => tracing::error!(%error, "the host's rules cannot be looked at"),
         }
         if self.looks.is_multiple_of(LOOKS_PER_REPORT) {
             let stats = self.stats().await;
@@ -494,7 +501,7 @@ impl Pods {
         }
     }
 
-    async fn look_at(&mut self, uid: &str) {
+    async fn look_at(&mut self, uid: &str, host: u32) {
         let Some(pod) = self.pods.get_mut(uid) else {
             return;
         };
@@ -512,7 +519,7 @@ impl Pods {
                 }
             }
             State::Captured => {
-                let Some(defect) = pod.defect().await else {
+                let Some(defect) = pod.defect(host).await else {
                     self.end_grace(uid).await;
                     return;
                 };

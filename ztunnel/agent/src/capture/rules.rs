@@ -5,9 +5,13 @@
 
 use crate::listeners::{DNS_PORT, HBONE_PORT, INBOUND_PORT, OUTBOUND_PORT};
 use ipnet::IpNet;
-use nlink::netlink::nftables::{
-    BaseChain, Chain, CtState, Family, Field, FilterHook, IcmpxCode, Match, NatHook, Policy, Priority,
-    Reject, Rule, Stmt, TcpFlags, Value,
+use nix::libc;
+use nlink::netlink::{
+    nftables::{
+        BaseChain, Chain, CtState, Family, FibFlags, Field, FilterHook, IcmpxCode, Match, NatHook, Policy,
+        Priority, Reject, Rule, Stmt, TcpFlags, Value,
+    },
+    types::route::RouteType,
 };
 use serde::{Deserialize, Serialize};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
@@ -19,22 +23,43 @@ const PREROUTING: &str = "prerouting";
 const OUTPUT: &str = "output";
 const REFUSE: &str = "refuse";
 
-/// The two marks of a pod, random and different from zero and each other.
-///
-/// `socket` is on ztunnel's sockets and exempts them from capture; `reply` is on connections to the
-/// application from a borrowed address, and routes their answers back.
+const TCP: u8 = libc::IPPROTO_TCP as u8;
+const UDP: u8 = libc::IPPROTO_UDP as u8;
+const SCTP: u8 = libc::IPPROTO_SCTP as u8;
+
+/// The bit that every mark of ours has, and by which the wall knows what may pass it (see `wall`).
+pub(super) const OURS: u32 = 0x8000_0000;
+
+/// Routes answers to a borrowed source address back to ztunnel, which is in the pod too.
+pub(super) const BACK: u32 = OURS | 1;
+
+/// Asks the routes as if there were no wall: behind it every IPv6 address would look like the pod's own.
+const LOOK: u32 = OURS;
+
+/// What a connection is, for as long as the kernel tracks it: it stays through a flush of all rules.
+const CT_CAPTURED: u32 = 0x00c1_e801;
+const CT_PASSING: u32 = 0x00c1_e802;
+
+/// The marks of a pod, random: SO_MARK takes no more than NET_RAW, which many containers have, so a mark
+/// that can be known is a way round capture (settled D5). Only the rules know these, and who may read
+/// them may change them as well.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Marks {
+    /// On ztunnel's sockets: exempts them from capture.
     pub socket: u32,
-    pub reply: u32,
+    /// Set by the rules on what may leave the pod as it is.
+    pass: u32,
+    /// Set by the rules on what may not, whatever mark the application has given it.
+    wall: u32,
 }
 
 impl Marks {
     pub fn random() -> Self {
-        let socket = rand::random::<u32>() | 0x8000_0000;
+        let mark = || rand::random::<u32>() >> 1 | 2;
         Self {
-            socket,
-            reply: socket ^ 1,
+            socket: mark() | OURS,
+            pass: mark() | OURS,
+            wall: mark(),
         }
     }
 }
@@ -51,6 +76,8 @@ pub struct Rules {
     pub exclude_outbound_ports: Vec<u16>,
     pub exclude_outbound_nets: Vec<IpNet>,
     pub refuse_other_traffic: bool,
+    /// Connections that were open before enrolment may go on (settled D8's grace).
+    pub spare_older: bool,
 }
 
 pub fn chains() -> nlink::Result<Vec<Chain>> {
@@ -136,8 +163,8 @@ fn to_loopback() -> [Match; 2] {
 impl Rules {
     /// Takes the pod's new connections.
     pub fn capturing(&self) -> Vec<Rule> {
-        let mut rules = vec![];
-        self.mark(&mut rules);
+        let mut rules = self.mark_known();
+        self.mark_new(&mut rules);
         self.inbound(&mut rules);
         self.outbound(&mut rules);
         self.refuse(&mut rules);
@@ -145,10 +172,10 @@ impl Rules {
     }
 
     /// Takes no new connection, and keeps the translation of those that were taken: without a rule in the
-    /// nat chains the kernel would stop translating, and their next segment would leave in plaintext.
+    /// nat chains the kernel would stop translating.
     pub fn draining(&self) -> Vec<Rule> {
-        let mut rules = vec![];
-        self.mark(&mut rules);
+        let mut rules = self.mark_known();
+        rules.push(self.passing(Rule::new(TABLE, MARK_OUT)));
         for chain in [PREROUTING, OUTPUT] {
             rules.push(
                 Rule::new(TABLE, chain)
@@ -159,95 +186,120 @@ impl Rules {
         rules
     }
 
-    fn mark(&self, rules: &mut Vec<Rule>) {
-        let Marks { socket, reply } = self.marks;
-        rules.push(
+    /// Connections that have been judged: the kernel routes each of their packets again by its mark.
+    fn mark_known(&self) -> Vec<Rule> {
+        let Marks { socket, pass, .. } = self.marks;
+        let out = || Rule::new(TABLE, MARK_OUT);
+        vec![
             Rule::new(TABLE, MARK_IN)
                 .match_mark(socket)
-                .then(Stmt::SetCtMark(reply)),
-        );
+                .set_ct_mark(CT_CAPTURED),
+            out().match_mark(socket).accept(),
+            out().match_l4proto_not(TCP).accept(),
+            out().match_ct_mark(CT_CAPTURED).set_mark(BACK).accept(),
+            out().match_ct_mark(CT_PASSING).set_mark(pass).accept(),
+        ]
+    }
+
+    /// What else may leave the pod. The rest gets a mark in any case, also what an application has sent
+    /// around the routes with a raw socket: the change makes the kernel route it, and so into the wall.
+    fn mark_new(&self, rules: &mut Vec<Rule>) {
+        let chain = || Rule::new(TABLE, MARK_OUT);
+        let walled = |rule: Rule| rule.set_mark(self.marks.wall).accept();
+        for resolver in &self.resolvers {
+            rules.push(walled(chain().then(to(*resolver)).match_tcp_dport(53)));
+        }
+        for port in &self.exclude_outbound_ports {
+            rules.push(self.passing(chain().match_tcp_dport(*port)));
+        }
+        for net in &self.exclude_outbound_nets {
+            rules.push(self.passing(chain().then(into_net(*net))));
+        }
+        rules.push(walled(chain().then(first_syn())));
+        // The kernel's own refusals belong to no connection, and carry nothing.
+        let reset = TcpFlags::RST;
         rules.push(
-            Rule::new(TABLE, MARK_OUT)
-                .then(Match::eq(Field::CtMark, reply))
-                .then(Stmt::SetMark(reply)),
+            chain()
+                .match_tcp_flags(reset, reset)
+                .set_mark(self.marks.pass)
+                .accept(),
         );
+        if self.spare_older {
+            rules.push(self.passing(chain()));
+        }
+        rules.push(walled(chain()));
+    }
+
+    /// The connection may leave the pod as it is, from this packet on.
+    fn passing(&self, rule: Rule) -> Rule {
+        rule.set_ct_mark(CT_PASSING).set_mark(self.marks.pass).accept()
     }
 
     fn inbound(&self, rules: &mut Vec<Rule>) {
         let chain = || Rule::new(TABLE, PREROUTING);
+        let passing = |rule: Rule| rule.set_ct_mark(CT_PASSING).accept();
         rules.push(chain().match_mark(self.marks.socket).accept());
         rules.push(chain().match_iif("lo").accept());
         rules.push(chain().match_tcp_dport(HBONE_PORT).accept());
         for node in &self.node {
             for port in &self.probe_ports {
-                rules.push(chain().then(from(*node)).match_tcp_dport(*port).accept());
+                rules.push(passing(chain().then(from(*node)).match_tcp_dport(*port)));
             }
         }
         for port in &self.exclude_inbound_ports {
-            rules.push(chain().match_tcp_dport(*port).accept());
+            rules.push(passing(chain().match_tcp_dport(*port)));
         }
-        rules.push(chain().then(first_syn()).then(Stmt::Redirect(Some(INBOUND_PORT))));
+        rules.push(redirect(chain(), INBOUND_PORT));
     }
 
     fn outbound(&self, rules: &mut Vec<Rule>) {
         let chain = || Rule::new(TABLE, OUTPUT);
-        rules.push(chain().match_mark(self.marks.socket).accept());
-        rules.push(chain().match_oif("lo").accept());
+        self.let_through(rules, &chain);
         for (port, resolver) in (DNS_PORT..).zip(&self.resolvers) {
-            rules.push(
-                chain()
-                    .then(to(*resolver))
-                    .match_udp_dport(53)
-                    .then(Stmt::Redirect(Some(port))),
-            );
-            rules.push(
-                chain()
-                    .then(to(*resolver))
-                    .match_tcp_dport(53)
-                    .then(Stmt::Redirect(Some(port))),
-            );
+            let asked = || chain().then(to(*resolver));
+            rules.push(asked().match_udp_dport(53).then(Stmt::Redirect(Some(port))));
+            let asked = asked().match_tcp_dport(53).set_ct_mark(CT_CAPTURED);
+            rules.push(asked.then(Stmt::Redirect(Some(port))));
         }
-        self.exclusions(rules, &chain);
-        rules.push(
-            chain()
-                .then(first_syn())
-                .then(Stmt::Redirect(Some(OUTBOUND_PORT))),
-        );
-    }
-
-    fn exclusions(&self, rules: &mut Vec<Rule>, chain: &dyn Fn() -> Rule) {
-        for port in &self.exclude_outbound_ports {
-            rules.push(chain().match_tcp_dport(*port).accept());
-        }
-        for net in &self.exclude_outbound_nets {
-            rules.push(chain().then(into_net(*net)).accept());
-        }
+        rules.push(redirect(chain(), OUTBOUND_PORT));
     }
 
     fn refuse(&self, rules: &mut Vec<Rule>) {
         let chain = || Rule::new(TABLE, REFUSE);
-        rules.push(chain().match_mark(self.marks.socket).accept());
-        rules.push(chain().match_oif("lo").accept());
-        for loopback in to_loopback() {
-            rules.push(chain().then(loopback).accept());
-        }
         rules.push(
             chain()
                 .match_ct_state(CtState::ESTABLISHED | CtState::RELATED)
                 .accept(),
         );
-        self.exclusions(rules, &chain);
-        rules.push(chain().then(first_syn()).then(Stmt::Reject(Reject::TcpReset)));
+        for loopback in to_loopback() {
+            rules.push(chain().then(loopback).accept());
+        }
+        self.let_through(rules, &chain);
+        for net in &self.exclude_outbound_nets {
+            rules.push(chain().then(into_net(*net)).accept());
+        }
+        rules.push(chain().match_l4proto(TCP).then(Stmt::Reject(Reject::TcpReset)));
         if self.refuse_other_traffic {
-            for protocol in [nix::libc::IPPROTO_UDP, nix::libc::IPPROTO_SCTP] {
-                // Protocol numbers are small and positive.
-                let number = u8::try_from(protocol).unwrap_or_default();
-                rules.push(
-                    chain()
-                        .then(Match::eq(Field::L4Proto, number))
-                        .then(Stmt::Reject(Reject::Icmpx(IcmpxCode::PortUnreachable))),
-                );
+            for protocol in [UDP, SCTP] {
+                let refused = Stmt::Reject(Reject::Icmpx(IcmpxCode::PortUnreachable));
+                rules.push(chain().match_l4proto(protocol).then(refused));
             }
         }
     }
+
+    /// ztunnel's own, what may leave as it is, and what stays inside of the pod.
+    fn let_through(&self, rules: &mut Vec<Rule>, chain: &dyn Fn() -> Rule) {
+        rules.push(chain().match_mark(self.marks.socket).accept());
+        rules.push(chain().match_mark(self.marks.pass).accept());
+        rules.push(chain().match_l4proto(TCP).set_mark(LOOK));
+        let flags = FibFlags::DADDR | FibFlags::MARK;
+        rules.push(chain().match_fib_type(flags, RouteType::Local).accept());
+    }
+}
+
+/// Takes a new connection to one of ztunnel's ports.
+fn redirect(rule: Rule, port: u16) -> Rule {
+    rule.then(first_syn())
+        .set_ct_mark(CT_CAPTURED)
+        .then(Stmt::Redirect(Some(port)))
 }

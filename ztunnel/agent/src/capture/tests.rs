@@ -23,6 +23,7 @@ fn plain(marks: Marks) -> Rules {
         exclude_outbound_ports: vec![3333],
         exclude_outbound_nets: vec![],
         refuse_other_traffic: false,
+        spare_older: false,
     }
 }
 
@@ -38,7 +39,7 @@ async fn captured() -> Captured {
 
 async fn captured_by(rules: Rules) -> Captured {
     let lab = Lab::new().await;
-    let kept = listen(&lab.pod, &rules.resolvers).unwrap();
+    let kept = listen(&lab.pod, rules.marks.socket, &rules.resolvers).unwrap();
     let capture = Capture::install(&lab.pod, rules).await.unwrap();
     Captured { lab, kept, capture }
 }
@@ -116,6 +117,8 @@ async fn a_new_connection_of_the_app_is_taken_and_knows_where_it_was_going() {
         let mut taken = accept(&outbound).expect("captured");
         assert_eq!(original(&taken), SocketAddr::from(to));
         assert_eq!(app.peer_addr().unwrap(), SocketAddr::from(to));
+        let own = if to.0.is_ipv4() { POD_V4 } else { POD_V6 };
+        assert_eq!(app.local_addr().unwrap().ip(), own, "the pod's own address");
         same_pipe(&mut app, &mut taken);
     }
 }
@@ -127,7 +130,8 @@ async fn excluded_ports_and_loopback_are_not_taken() {
     let app = dial(&pod.lab.pod, (NODE_V4, 3333)).unwrap();
     let direct = accept(&server).expect("direct");
     assert_eq!(direct.peer_addr().unwrap(), app.local_addr().unwrap());
-    for ip in [IpAddr::from([127, 0, 0, 1]), POD_V4] {
+    let loopback = ["127.0.0.1", "::1"].map(|ip| ip.parse().unwrap());
+    for ip in loopback.into_iter().chain([POD_V4, POD_V6]) {
         let own = serve(&pod.lab.pod, ip, 4444);
         let _app = dial(&pod.lab.pod, (ip, 4444)).unwrap();
         assert!(accept(&own).is_some(), "{ip}");
@@ -138,15 +142,21 @@ async fn excluded_ports_and_loopback_are_not_taken() {
 async fn f17_another_mark_is_no_way_round_capture() {
     let pod = captured().await;
     let outbound = pod.listener(Listener::Outbound);
+    let _server = serve(&pod.lab.node, NODE_V4, 80);
     let marks = pod.capture.rules().marks;
-    for mark in [0x539, 1, marks.socket ^ 0x10] {
+    // The last two are in the pod's routing rules for everybody to read.
+    for mark in [0x539, 1, marks.socket ^ 0x10, 0x8000_0000, 0x8000_0001] {
         let dialled = pod.lab.pod.enter(|| {
             let socket = Socket::new(Domain::IPV4, Type::STREAM, None)?;
             socket.set_mark(mark)?;
             socket.connect_timeout(&SocketAddr::from((NODE_V4, 80)).into(), SOON)
         });
-        dialled.unwrap().unwrap();
-        assert!(accept(&outbound).is_some(), "mark {mark:#x}");
+        // With the mark of answers to a borrowed address, the route to itself has no source address.
+        assert_eq!(
+            dialled.unwrap().is_ok(),
+            accept(&outbound).is_some(),
+            "mark {mark:#x}"
+        );
     }
 }
 
@@ -154,37 +164,14 @@ async fn f17_another_mark_is_no_way_round_capture() {
 async fn a_connection_to_the_app_is_taken_and_reaches_it_from_the_clients_address() {
     let pod = captured().await;
     let inbound = pod.listener(Listener::InboundPlaintext);
-    for (to, v6) in [(POD_V4, false), (POD_V6, true)] {
+    for to in [POD_V4, POD_V6] {
         let app = serve(&pod.lab.pod, to, 80);
         let client = dial(&pod.lab.node, (to, 80)).unwrap();
         let taken = accept(&inbound).expect("captured");
         assert_eq!(original(&taken), SocketAddr::from((to, 80)));
-        let wanted = Wanted {
-            v6,
-            datagram: false,
-            count: 1,
-        };
         let mark = pod.capture.rules().marks.socket;
-        let socket = outbound_sockets(&pod.lab.pod, mark, wanted)
-            .unwrap()
-            .pop()
-            .unwrap();
-        // As ztunnel does it: without any capability in the pod's namespace.
-        let socket = Socket::from(socket);
-        socket.set_nonblocking(false).unwrap();
-        let source = SocketAddr::new(client.local_addr().unwrap().ip(), 0);
-        socket.bind(&source.into()).unwrap();
-        socket
-            .connect_timeout(&SocketAddr::from((to, 80)).into(), SOON)
-            .unwrap();
-        let mut delivered = accept(&app).expect("delivered");
-        assert_eq!(
-            delivered.peer_addr().unwrap().ip(),
-            source.ip(),
-            "the app sees the client"
-        );
-        let mut proxy = TcpStream::from(socket);
-        proxy.set_read_timeout(Some(SOON)).unwrap();
+        let client = client.local_addr().unwrap().ip();
+        let (mut proxy, mut delivered) = deliver(&pod.lab, mark, client, (to, 80), &app);
         same_pipe(&mut proxy, &mut delivered);
     }
 }
@@ -296,11 +283,15 @@ async fn f09_connections_live_through_enrolment_and_through_leaving() {
     let mut before = dial(&lab.pod, (NODE_V4, 80)).unwrap();
     let mut before_served = accept(&server).unwrap();
     same_pipe(&mut before, &mut before_served);
-    let kept = listen(&lab.pod, &[]).unwrap();
     let mut rules = plain(Marks::random());
     rules.resolvers.clear();
-    let capture = Capture::install(&lab.pod, rules).await.unwrap();
+    rules.spare_older = true;
+    let kept = listen(&lab.pod, rules.marks.socket, &[]).unwrap();
+    let capture = Capture::install(&lab.pod, rules.clone()).await.unwrap();
     let mut pod = Captured { lab, kept, capture };
+    same_pipe(&mut before, &mut before_served);
+    rules.spare_older = false;
+    pod.capture.replace(rules).await.unwrap();
     same_pipe(&mut before, &mut before_served);
     let mut during = dial(&pod.lab.pod, (NODE_V4, 80)).unwrap();
     let mut during_taken = accept(&pod.listener(Listener::Outbound)).unwrap();
@@ -312,8 +303,19 @@ async fn f09_connections_live_through_enrolment_and_through_leaving() {
     let mut after_served = accept(&server).expect("new connections go directly");
     same_pipe(&mut after, &mut after_served);
     pod.capture.remove().await.unwrap();
+    let ended = during.read(&mut [0; 8]).unwrap_err();
+    assert_eq!(
+        ended.kind(),
+        io::ErrorKind::ConnectionReset,
+        "what is left is reset"
+    );
     same_pipe(&mut before, &mut before_served);
     same_pipe(&mut after, &mut after_served);
+    for listing in [&["rule"][..], &["-6", "rule"], &["route", "show", "table", "all"]] {
+        let listed = String::from_utf8(run(&pod.lab.pod, "ip", listing).stdout).unwrap();
+        let ours = ["lookup 100", "lookup 101", "table 100", "table 101"];
+        assert!(ours.iter().all(|ours| !listed.contains(ours)), "{listed}");
+    }
     assert!(
         ruleset(&pod.lab.pod)["nftables"].as_array().unwrap().len() <= 1,
         "nothing is left"
@@ -345,16 +347,175 @@ async fn f07_a_change_of_the_rules_is_seen_and_repaired() {
         "another's table is another's"
     );
     for arguments in [
-        "rule del priority 32764",
-        "-6 rule del priority 32764",
+        "rule del priority 1",
+        "rule del priority 2",
+        "-6 rule del priority 1",
+        "-6 rule del priority 2",
         "route flush table 100",
+        "route flush table 101",
+        "-6 route flush table 101",
+        "route change default dev lo scope link src 127.0.0.1 table 101",
+        "link set lo down",
     ] {
-        let arguments: Vec<&str> = arguments.split(' ').collect();
-        assert!(run(&pod.lab.pod, "ip", &arguments).status.success());
-        assert!(!pod.capture.is_intact().await.unwrap(), "{arguments:?}");
+        assert!(pod.capture.is_intact().await.unwrap(), "before {arguments:?}");
+        let words: Vec<&str> = arguments.split(' ').collect();
+        assert!(run(&pod.lab.pod, "ip", &words).status.success(), "{arguments:?}");
+        for _ in 0..2 {
+            assert!(!pod.capture.is_intact().await.unwrap(), "{arguments:?}");
+        }
+        run(&pod.lab.pod, "ip", &["link", "set", "lo", "up"]);
         pod.capture.repair().await.unwrap();
-        assert!(pod.capture.is_intact().await.unwrap());
+        assert!(pod.capture.is_intact().await.unwrap(), "after {arguments:?}");
     }
+}
+
+/// Everything that crosses the node's end of the pod's link.
+struct Tap(Socket);
+
+impl Tap {
+    fn open(lab: &Lab) -> Self {
+        // Every protocol there is, in the order of the wire.
+        let every = i32::from(3u16.to_be());
+        let open = || Socket::new(Domain::PACKET, Type::RAW, Some(every.into()));
+        let tap = lab.node.enter(open).unwrap().unwrap();
+        tap.set_read_timeout(Some(Duration::from_millis(300))).unwrap();
+        Self(tap)
+    }
+
+    /// Packets with `canary` in them, until nothing more comes.
+    fn sightings(&mut self, canary: &[u8]) -> usize {
+        let (mut packet, mut seen) = ([0; 65536], 0);
+        while let Ok(length) = self.0.read(&mut packet) {
+            seen += usize::from(packet[..length].windows(canary.len()).any(|part| part == canary));
+        }
+        seen
+    }
+}
+
+#[tokio::test]
+async fn f07_with_the_rules_gone_nothing_of_a_captured_connection_leaves_the_pod() {
+    let mut pod = captured().await;
+    let outbound = pod.listener(Listener::Outbound);
+    let mut tap = Tap::open(&pod.lab);
+    let mut open = vec![];
+    for to in [(FAR_V4, 443), (NODE_V6, 443)] {
+        let mut app = dial(&pod.lab.pod, to).unwrap();
+        let mut taken = accept(&outbound).unwrap();
+        same_pipe(&mut app, &mut taken);
+        open.push((app, taken));
+    }
+    let server = serve(&pod.lab.pod, POD_V4, 80);
+    let mark = pod.capture.rules().marks.socket;
+    let (mut proxy, mut delivered) = deliver(&pod.lab, mark, FAR_V4, (POD_V4, 80), &server);
+    same_pipe(&mut proxy, &mut delivered);
+    assert!(run(&pod.lab.pod, "nft", &["flush ruleset"]).status.success());
+    for (app, _) in &mut open {
+        app.write_all(b"canary").unwrap();
+    }
+    delivered.write_all(b"canary").unwrap();
+    for (from, to) in [
+        (&pod.lab.pod, (FAR_V4, 443)),
+        (&pod.lab.pod, (NODE_V6, 443)),
+        (&pod.lab.node, (POD_V4, 80)),
+    ] {
+        let within = Duration::from_millis(200);
+        let dialled = from.enter(|| TcpStream::connect_timeout(&to.into(), within));
+        assert!(dialled.unwrap().is_err(), "{to:?}: a new one");
+    }
+    assert_eq!(tap.sightings(b"canary"), 0);
+    pod.capture.repair().await.unwrap();
+    let mut heard = [0; 6];
+    open[0]
+        .1
+        .read_exact(&mut heard)
+        .expect("it goes on with the rules");
+    assert_eq!(&heard, b"canary");
+    proxy.read_exact(&mut heard).expect("so does what was delivered");
+    assert_eq!(tap.sightings(b"canary"), 0);
+}
+
+#[tokio::test]
+async fn what_was_silent_during_its_grace_is_reset_afterwards() {
+    let lab = Lab::new().await;
+    let server = serve(&lab.node, NODE_V4, 80);
+    let mut older = dial(&lab.pod, (NODE_V4, 80)).unwrap();
+    let _served = accept(&server).unwrap();
+    let _capture = Capture::install(&lab.pod, plain(Marks::random())).await.unwrap();
+    older.write_all(b"late").unwrap();
+    let ended = older.read(&mut [0; 8]).unwrap_err();
+    assert_eq!(ended.kind(), io::ErrorKind::ConnectionReset);
+}
+
+#[tokio::test]
+async fn a_strict_reverse_path_filter_does_not_keep_callers_out() {
+    let lab = Lab::new().await;
+    for link in ["all", "eth0"] {
+        let path = format!("/proc/sys/net/ipv4/conf/{link}/rp_filter");
+        lab.pod.enter(|| std::fs::write(path, "1")).unwrap().unwrap();
+    }
+    let rules = plain(Marks::random());
+    let kept = listen(&lab.pod, rules.marks.socket, &rules.resolvers).unwrap();
+    let capture = Capture::install(&lab.pod, rules).await.unwrap();
+    let pod = Captured { lab, kept, capture };
+    let mut client = dial(&pod.lab.node, (POD_V4, 15008)).unwrap();
+    let mut taken = accept(&pod.listener(Listener::InboundHbone)).unwrap();
+    same_pipe(&mut client, &mut taken);
+}
+
+#[tokio::test]
+async fn f17_segments_of_a_raw_socket_end_in_the_wall() {
+    let pod = captured().await;
+    let mut tap = Tap::open(&pod.lab);
+    // Source port, destination port, sequence, acknowledgement, PSH|ACK, window; the checksum is nobody's.
+    let mut segment = vec![
+        0x1f, 0x90, 0, 80, 0, 0, 0, 1, 0, 0, 0, 1, 0x50, 0x18, 0xff, 0xff, 0, 0, 0, 0,
+    ];
+    segment.extend(b"canary");
+    let sent = pod.lab.pod.enter(|| {
+        let socket = Socket::new(Domain::IPV4, Type::RAW, Some(socket2::Protocol::TCP))?;
+        socket.send_to(&segment, &SocketAddr::from((NODE_V4, 0)).into())
+    });
+    // The kernel may say that it was rejected.
+    let _ = sent.unwrap();
+    let mut packet = vec![0x45, 0, 0, 0, 0, 0, 0, 0, 64, 6, 0, 0, 10, 77, 0, 2, 10, 77, 0, 1];
+    packet.extend(&segment);
+    let sent = pod.lab.pod.enter(|| {
+        let socket = Socket::new(Domain::IPV4, Type::RAW, Some(socket2::Protocol::from(255)))?;
+        socket.send_to(&packet, &SocketAddr::from((NODE_V4, 0)).into())
+    });
+    let _ = sent.unwrap();
+    assert_eq!(tap.sightings(b"canary"), 0);
+}
+
+/// Connects to the application as ztunnel does, from `client`'s address and without any capability.
+fn deliver(
+    lab: &Lab,
+    mark: u32,
+    client: IpAddr,
+    to: (IpAddr, u16),
+    app: &TcpListener,
+) -> (TcpStream, TcpStream) {
+    let wanted = Wanted {
+        v6: to.0.is_ipv6(),
+        datagram: false,
+        count: 1,
+    };
+    let socket = outbound_sockets(&lab.pod, mark, wanted).unwrap().pop().unwrap();
+    let socket = Socket::from(socket);
+    socket.set_nonblocking(false).unwrap();
+    socket.bind(&SocketAddr::new(client, 0).into()).unwrap();
+    socket
+        .connect_timeout(&SocketAddr::from(to).into(), SOON)
+        .unwrap();
+    let delivered = accept(app).expect("delivered");
+    assert_eq!(
+        delivered.peer_addr().unwrap().ip(),
+        client,
+        "the app sees the client"
+    );
+    let proxy = TcpStream::from(socket);
+    proxy.set_read_timeout(Some(SOON)).unwrap();
+    (proxy, delivered)
 }
 
 /// A rule set without its handles, which are new each time.
@@ -379,7 +540,7 @@ async fn f16_app_binds_the_port_first() {
     for port in [OUTBOUND_PORT, INBOUND_PORT, 15008] {
         let lab = Lab::new().await;
         let _app = serve(&lab.pod, IpAddr::from([0, 0, 0, 0]), port);
-        match listen(&lab.pod, &[]) {
+        match listen(&lab.pod, 7, &[]) {
             Err(ListenError::Taken { port: taken, .. }) => assert_eq!(taken, port),
             other => panic!("{port}: {other:?}"),
         }

@@ -80,7 +80,9 @@ async fn tr10_4_only_what_is_allowed_leaves_the_pod() {
         assert!(dial(&lab.pod, ip, port).is_ok(), "without a guard {ip}:{port}");
     }
     on_node(&lab, async || {
-        let mut guard = Guard::stand(ifindex, strict()).await.unwrap();
+        let mut guard = Guard::stand(&Host::new().unwrap(), ifindex, strict())
+            .await
+            .unwrap();
         for (ip, port, passes) in cases {
             assert_eq!(dial(&lab.pod, ip, port).is_ok(), passes, "{ip}:{port}");
         }
@@ -117,18 +119,22 @@ async fn f07_nothing_of_a_captured_connection_leaves_after_the_pods_rules_were_f
         exclude_outbound_ports: vec![],
         exclude_outbound_nets: vec![],
         refuse_other_traffic: false,
+        spare_older: false,
     };
-    let kept = crate::listeners::listen(&lab.pod, &[]).unwrap();
+    let kept = crate::listeners::listen(&lab.pod, rules.marks.socket, &[]).unwrap();
     let _capture = Capture::install(&lab.pod, rules).await.unwrap();
     // A connection from before, which the far end would go on reading.
     let server = serve(&lab.node, NODE_V4, 80);
     on_node(&lab, async || {
         let mut open = strict();
         open.mesh_nets.clear();
-        let mut guard = Guard::stand(ifindex, open).await.unwrap();
+        let mut guard = Guard::stand(&Host::new().unwrap(), ifindex, open).await.unwrap();
         let _captured = dial(&lab.pod, NODE_V4, 80).unwrap();
         guard.replace(strict()).await.unwrap();
         assert!(run(&lab.pod, "nft", &["flush ruleset"]).status.success());
+        // Without its routes, too: as root in the pod may do it.
+        let unwalled = run(&lab.pod, "ip", &["rule", "del", "priority", "2"]);
+        assert!(unwalled.status.success());
         assert!(dial(&lab.pod, NODE_V4, 80).is_err(), "a new one");
         let before = guard.dropped().await.unwrap();
         let mut captured = _captured;
@@ -153,7 +159,7 @@ async fn connections_from_before_enrolment_go_on_until_their_grace_is_over() {
             mesh_nets: vec![],
             ..strict()
         };
-        let mut guard = Guard::stand(ifindex, grace).await.unwrap();
+        let mut guard = Guard::stand(&Host::new().unwrap(), ifindex, grace).await.unwrap();
         assert!(arrives(&mut app, &mut served));
         guard.replace(strict()).await.unwrap();
         assert!(!arrives(&mut app, &mut served));
@@ -179,7 +185,7 @@ async fn callers_in_plaintext_are_answered_where_it_is_not_refused_and_probes_al
                 refuse_plaintext: refuse,
                 ..strict()
             };
-            let guard = Guard::stand(ifindex, rules).await.unwrap();
+            let guard = Guard::stand(&Host::new().unwrap(), ifindex, rules).await.unwrap();
             let mut client = TcpStream::connect_timeout(&(POD_V4, port).into(), SOON).unwrap();
             let mut served = listener.accept().unwrap().0;
             assert_eq!(arrives(&mut served, &mut client), answered, "{port}");
@@ -188,7 +194,9 @@ async fn callers_in_plaintext_are_answered_where_it_is_not_refused_and_probes_al
     }
     // A refusal is heard at once.
     on_node(&lab, async || {
-        let guard = Guard::stand(ifindex, strict()).await.unwrap();
+        let guard = Guard::stand(&Host::new().unwrap(), ifindex, strict())
+            .await
+            .unwrap();
         let refused = TcpStream::connect_timeout(&(POD_V4, 81).into(), SOON).unwrap_err();
         assert_eq!(refused.kind(), io::ErrorKind::ConnectionRefused);
         guard.leave().await.unwrap();
@@ -200,11 +208,12 @@ async fn a_change_of_the_guard_is_seen_and_repaired() {
     let lab = lab().await;
     let ifindex = lab.host_ifindex();
     on_node(&lab, async || {
-        let mut guard = Guard::stand(ifindex, strict()).await.unwrap();
+        let host = Host::new().unwrap();
+        let mut guard = Guard::stand(&host, ifindex, strict()).await.unwrap();
         guard.declare((NODE_V4, 443).into()).await.unwrap();
         assert!(dial(&lab.pod, NODE_V4, 80).is_err());
         assert!(
-            guard.is_intact().await.unwrap(),
+            guard.is_intact(host.generation().await.unwrap()).await.unwrap(),
             "counters and declarations are no change"
         );
         let table = format!("culvert-{ifindex}");
@@ -214,9 +223,12 @@ async fn a_change_of_the_guard_is_seen_and_repaired() {
             format!("insert rule netdev {table} from-pod accept"),
         ] {
             assert!(run(&lab.node, "nft", &[&change]).status.success(), "{change}");
-            assert!(!guard.is_intact().await.unwrap(), "{change}");
+            assert!(
+                !guard.is_intact(host.generation().await.unwrap()).await.unwrap(),
+                "{change}"
+            );
             guard.repair().await.unwrap();
-            assert!(guard.is_intact().await.unwrap());
+            assert!(guard.is_intact(host.generation().await.unwrap()).await.unwrap());
             let listed = run(&lab.node, "nft", &["list", "ruleset"]);
             let listed = String::from_utf8(listed.stdout).unwrap();
             assert!(

@@ -10,7 +10,7 @@
 
 use crate::{
     capture::{Capture, Rules},
-    guard::{Guard, GuardRules},
+    guard::{Guard, GuardRules, Host},
     listeners::{self, Kept, ListenError},
     netns::{NetlinkError, Netns},
     orders::{PodOrder, Settings, octets},
@@ -59,8 +59,8 @@ pub enum EnrolError {
 }
 
 /// What all pods of a node share.
-#[derive(Debug, Clone, Default)]
 pub struct NodeView {
+    pub host: Host,
     pub settings: Option<Settings>,
     /// Addresses of the node, from which probes come.
     pub addresses: Vec<IpAddr>,
@@ -127,7 +127,7 @@ impl Pod {
         let netns = self.netns.clone();
         let netns = netns.ok_or_else(|| EnrolError::Lost(format!("inode {}", self.record.netns.1)))?;
         self.listen(&netns, &settings.resolvers)?;
-        let rules = rules(&self.record, order, node, settings);
+        let rules = self.rules(order, node, settings);
         match &mut self.capture {
             Some(capture) if *capture.rules() == rules && self.state == State::Captured => {}
             Some(capture) => capture.replace(rules).await.map_err(EnrolError::Rules)?,
@@ -142,10 +142,32 @@ impl Pod {
 
     /// Whether connections from before enrolment are still let through, and no longer should be.
     pub fn grace_is_over(&self, node: &NodeView) -> bool {
-        let (Some(guard), Some(settings)) = (&self.guard, &node.settings) else {
+        let Some(settings) = &node.settings else {
             return false;
         };
-        !self.has_grace(settings) && guard.rules().mesh_nets != settings.mesh_nets
+        let open = self
+            .guard
+            .as_ref()
+            .is_some_and(|guard| guard.rules().mesh_nets != settings.mesh_nets);
+        let spared = self
+            .capture
+            .as_ref()
+            .is_some_and(|capture| capture.rules().spare_older);
+        !self.has_grace(settings) && (open || spared)
+    }
+
+    fn rules(&self, order: &PodOrder, node: &NodeView, settings: &Settings) -> Rules {
+        Rules {
+            marks: self.record.marks,
+            resolvers: settings.resolvers.clone(),
+            node: node.addresses.clone(),
+            probe_ports: order.probe_ports.clone(),
+            exclude_inbound_ports: order.exclude_inbound_ports.clone(),
+            exclude_outbound_ports: order.exclude_outbound_ports.clone(),
+            exclude_outbound_nets: order.exclude_outbound_nets.clone(),
+            refuse_other_traffic: settings.refuse_other_traffic,
+            spare_older: self.has_grace(settings),
+        }
     }
 
     fn has_grace(&self, settings: &Settings) -> bool {
@@ -180,7 +202,7 @@ impl Pod {
         match &mut self.guard {
             Some(guard) if *guard.rules() == rules => Ok(()),
             Some(guard) => guard.replace(rules).await,
-            None => match Guard::stand(self.record.host_ifindex, rules).await {
+            None => match Guard::stand(&node.host, self.record.host_ifindex, rules).await {
                 Ok(guard) => {
                     self.guard = Some(guard);
                     Ok(())
@@ -199,7 +221,7 @@ impl Pod {
             self.listeners.clear();
         }
         if self.listeners.is_empty() {
-            self.listeners = listeners::listen(netns, resolvers)?;
+            self.listeners = listeners::listen(netns, self.record.marks.socket, resolvers)?;
             self.resolvers = resolvers.to_vec();
         }
         Ok(())
@@ -255,8 +277,9 @@ impl Pod {
         }
     }
 
-    /// Looks at everything that was put in place, and says what is missing.
-    pub async fn defect(&mut self) -> Option<String> {
+    /// Looks at everything that was put in place, at this generation of the host's rules, and says what is
+    /// missing.
+    pub async fn defect(&mut self, host: u32) -> Option<String> {
         if !self.listeners.iter().all(Kept::works) {
             return Some("a listener is lost".to_owned());
         }
@@ -268,7 +291,7 @@ impl Pod {
             }
         }
         if let Some(guard) = &mut self.guard {
-            match guard.is_intact().await {
+            match guard.is_intact(host).await {
                 Ok(true) => {}
                 Ok(false) => return Some("the host guard was changed".to_owned()),
                 Err(error) => return Some(format!("the host guard cannot be looked at: {error}")),
@@ -310,18 +333,5 @@ impl Pod {
 
     pub fn listener_fds(&self) -> Vec<Arc<std::os::fd::OwnedFd>> {
         self.listeners.iter().map(|kept| kept.socket.clone()).collect()
-    }
-}
-
-fn rules(record: &Record, order: &PodOrder, node: &NodeView, settings: &Settings) -> Rules {
-    Rules {
-        marks: record.marks,
-        resolvers: settings.resolvers.clone(),
-        node: node.addresses.clone(),
-        probe_ports: order.probe_ports.clone(),
-        exclude_inbound_ports: order.exclude_inbound_ports.clone(),
-        exclude_outbound_ports: order.exclude_outbound_ports.clone(),
-        exclude_outbound_nets: order.exclude_outbound_nets.clone(),
-        refuse_other_traffic: settings.refuse_other_traffic,
     }
 }

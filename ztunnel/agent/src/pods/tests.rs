@@ -457,7 +457,7 @@ fn t40_another_namespaces_listeners_are_not_taken_back() {
         let (before, fds) = agent.ztunnel().await.pod().await;
         drop((agent, fds));
         // Listeners of the same kinds and ports, of the node's own namespace.
-        let foreign = listeners::listen(&lab.node, &[NODE_V4]).unwrap();
+        let foreign = listeners::listen(&lab.node, 7, &[NODE_V4]).unwrap();
         let mut agent = Agent::start(folder.path()).await;
         agent.control().await;
         let ztunnel = agent.ztunnel().await;
@@ -596,5 +596,84 @@ fn f07_only_a_pod_that_ran_outside_of_the_mesh_has_a_grace() {
         agent.enrol(true).await;
         agent.reported(CaptureState::Captured).await;
         assert!(!mesh_is_shut(), "connections from outside go on for a while");
+    });
+}
+
+#[test]
+fn t57_f65_what_is_said_again_or_out_of_place_changes_nothing() {
+    on_node(async |lab| {
+        let folder = Folder::new();
+        let mut agent = Agent::with_pod(folder.path(), lab).await;
+        agent.reported(CaptureState::Captured).await;
+        let ztunnel = agent.ztunnel().await;
+        let (pod, fds) = ztunnel.pod().await;
+        let returned = |uid: &str| FromZtunnel {
+            message: Some(from_ztunnel::Message::ReturnListeners(agent::ReturnListeners {
+                uid: uid.to_owned(),
+                netns_cookie: pod.pod.as_ref().unwrap().netns_cookie,
+                listeners: pod.listeners.clone(),
+            })),
+        };
+        let foreign = listeners::listen(&lab.node, 7, &[NODE_V4]).unwrap();
+        let theirs: Vec<_> = foreign.iter().map(|kept| kept.socket.as_fd()).collect();
+        let ours: Vec<_> = fds.iter().map(|fd| fd.as_fd()).collect();
+        for _ in 0..50 {
+            for fds in [&ours, &theirs] {
+                ztunnel.0.send(&returned(UID), fds).await.unwrap();
+            }
+            let hello = agent::ZtunnelHello {
+                version: VERSION,
+                instance: 1,
+            };
+            ztunnel.say(from_ztunnel::Message::Hello(hello)).await;
+            ztunnel.say(from_ztunnel::Message::Ready(agent::Ready {})).await;
+            for uid in [UID, "0d2f7f2e-9999", "../../etc/passwd", ""] {
+                let closed = agent::PodClosed { uid: uid.to_owned() };
+                ztunnel.say(from_ztunnel::Message::PodClosed(closed)).await;
+            }
+        }
+        for uid in ["0d2f7f2e-9999", "../../etc/passwd"] {
+            ztunnel.0.send(&returned(uid), &ours).await.unwrap();
+            let gone = ztunnel.next(|message| match message {
+                from_agent::Message::PodGone(gone) => Some(gone.uid),
+                _ => None,
+            });
+            assert_eq!(gone.await.0, uid);
+            let wanted = agent::WantSockets {
+                uid: uid.to_owned(),
+                count: 64,
+                ..Default::default()
+            };
+            ztunnel.say(from_ztunnel::Message::WantSockets(wanted)).await;
+            let sockets = ztunnel.next(|message| match message {
+                from_agent::Message::Sockets(sockets) => Some(sockets.uid),
+                _ => None,
+            });
+            assert!(sockets.await.1.is_empty(), "{uid}");
+        }
+        for (uid, address, port) in [
+            ("0d2f7f2e-9999", vec![10, 0, 0, 1], 80),
+            (UID, vec![10, 0, 0], 80),
+            (UID, vec![0; 17], 80),
+            (UID, vec![10, 0, 0, 1], 70_000),
+        ] {
+            ztunnel
+                .say(from_ztunnel::Message::Declare(agent::Declare {
+                    id: 9,
+                    uid: uid.to_owned(),
+                    address,
+                    port,
+                }))
+                .await;
+            let declared = ztunnel.next(|message| match message {
+                from_agent::Message::Declared(declared) => Some(declared.error),
+                _ => None,
+            });
+            assert_ne!(declared.await.0, "", "{uid} {port}");
+        }
+        assert_eq!(ztunnel.sockets(2, SocketKind::Tcp).await.len(), 2);
+        let outbound = TcpListener::from(fds.into_iter().next().unwrap());
+        let _app = dial(&lab.pod, (FAR_V4, 80)).unwrap();
+        assert!(outbound.accept().is_ok(), "captured as before");
     });
 }
