@@ -237,6 +237,20 @@ fn f16_an_application_that_binds_a_port_of_the_mesh_first_is_not_enrolled() {
         );
         drop(taken);
     }
+    // One for each resolver of the cluster, by both protocols.
+    for (port, udp) in [(15053, false), (15053, true), (15054, true)] {
+        let name = format!("squatter-{port}-{udp}");
+        let squatter = shop.b.node().pod(PodSpec::new("shop", &name)).unwrap();
+        let loopback = ["127.0.0.1", "::1"].map(|ip| ip.parse::<std::net::IpAddr>().unwrap());
+        let taken = loopback.map(|ip| (udp.then(|| squatter.udp((ip, port)).unwrap()), ip));
+        let listens = (!udp).then(|| squatter.listen(port).unwrap());
+        let refused = shop.mesh.admit(&shop.b, &squatter).unwrap_err();
+        assert!(
+            format!("{refused:#}").contains(&port.to_string()),
+            "the port is named: {refused:#}"
+        );
+        drop((taken, listens));
+    }
 }
 
 #[test]
@@ -256,6 +270,33 @@ fn f16_nobody_binds_beside_the_listeners_of_an_enrolled_pod() {
             });
             let kind = bound.unwrap().unwrap_err().kind();
             assert_eq!(kind, ErrorKind::AddrInUse, "{address} port {port}");
+        }
+    }
+    for (port, address) in [
+        (15053, "127.0.0.1"),
+        (15053, "0.0.0.0"),
+        (15054, "::1"),
+        (15054, "::"),
+    ] {
+        let address: std::net::IpAddr = address.parse().unwrap();
+        for kind in [socket2::Type::STREAM, socket2::Type::DGRAM] {
+            let bound = shop.cart.inside(|| -> std::io::Result<()> {
+                let to = SocketAddr::new(address, port);
+                let socket = socket2::Socket::new(socket2::Domain::for_address(to), kind, None)?;
+                socket.set_reuse_address(true)?;
+                socket.set_reuse_port(true)?;
+                socket.bind(&to.into())?;
+                if kind == socket2::Type::STREAM {
+                    socket.listen(1)?;
+                }
+                Ok(())
+            });
+            let error = bound.unwrap().unwrap_err();
+            assert_eq!(
+                error.kind(),
+                ErrorKind::AddrInUse,
+                "{address} port {port} {kind:?}"
+            );
         }
     }
 }

@@ -2,8 +2,10 @@
 #![expect(clippy::unwrap_used, reason = "a test fails where it stands")]
 
 mod admission;
+mod agent;
 mod faults;
 mod first;
+mod hostile;
 mod names;
 mod processes;
 mod programs;
