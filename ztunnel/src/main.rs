@@ -127,6 +127,7 @@ async fn run(config: Config, workers: workers::Workers) -> anyhow::Result<()> {
     tokio::spawn(client);
     tokio::spawn(node.run());
     tokio::spawn(recheck::run(context.clone()));
+    tokio::spawn(outbound::tunnel::sweep(context.clone()));
     let mut terminate = signal(SignalKind::terminate())?;
     tokio::select! {
         _ = terminate.recv() => {

@@ -36,6 +36,10 @@ use tokio_util::io::poll_read_buf;
 /// (RFC 9113 §4.1): one read then fills four records instead of spilling into a fifth.
 const READ_BYTES: usize = 4 * (1 << 14) - 9;
 
+/// Bytes that a relay takes before it lets the tunnel send them: they are still in the cache then, and the
+/// other end has something to do.
+const BURST_BYTES: usize = 4 * READ_BYTES;
+
 /// What a relay counts and obeys; shared with whoever lists or cuts connections.
 #[derive(Debug, Default)]
 pub struct Flow {
@@ -140,6 +144,7 @@ async fn to_stream(
     send: &mut SendStream<Bytes>,
     count: &AtomicU64,
 ) -> Result<(), Fault> {
+    let mut burst = 0;
     loop {
         // Readiness first: neither a buffer nor window is held while the application is silent.
         readable(&socket).await.map_err(Fault::Application)?;
@@ -150,7 +155,12 @@ async fn to_stream(
             }
             Some(chunk) => {
                 count.fetch_add(chunk.len() as u64, Ordering::Relaxed);
+                burst += chunk.len();
                 send.send_data(chunk, false).map_err(Fault::Tunnel)?;
+                if burst >= BURST_BYTES {
+                    burst = 0;
+                    tokio::task::yield_now().await;
+                }
             }
             None => {}
         }

@@ -2,12 +2,13 @@
 
 use super::admit::Permit;
 use crate::{context::CONNECT_DEADLINE, pods::Pod};
+use socket2::SockRef;
 use std::{
     io,
     net::{IpAddr, SocketAddr},
     sync::atomic::{AtomicU16, Ordering},
 };
-use tokio::net::TcpStream;
+use tokio::net::{TcpSocket, TcpStream};
 
 /// Why the application was not reached.
 #[derive(Debug, thiserror::Error)]
@@ -58,6 +59,7 @@ pub async fn deliver(pod: &Pod, permit: &Permit, client: IpAddr) -> Result<TcpSt
             .tcp(target.is_ipv6())
             .await
             .ok_or(DeliverError::NoSocket)?;
+        unpaced(&socket);
         let named = left > 0 && from_client;
         if from_client {
             let port = if named { pod.ports.next() } else { 0 };
@@ -74,6 +76,13 @@ pub async fn deliver(pod: &Pod, permit: &Permit, client: IpAddr) -> Result<TcpSt
         }
     }
     Err(io::Error::from(io::ErrorKind::AddrInUse).into())
+}
+
+/// The way to the application is a few copies inside this machine. What the host may have chosen for its
+/// network (BBR paces each segment by a timer) costs there and gains nothing; Reno needs no right to use.
+fn unpaced(socket: &TcpSocket) {
+    // A kernel without it keeps its default.
+    let _ = SockRef::from(socket).set_tcp_congestion(b"reno");
 }
 
 /// Something listens on the port, or an open connection to the same target has it.

@@ -25,6 +25,7 @@ use culvert_io::{
 use parking_lot::Mutex;
 use std::{
     collections::HashMap,
+    convert::Infallible,
     io,
     net::SocketAddr,
     sync::Arc,
@@ -36,6 +37,13 @@ const STRIPE_AT: usize = MAX_STREAMS as usize / 2;
 
 /// A tunnel without streams is closed after this.
 const IDLE: Duration = Duration::from_secs(300);
+
+/// A tunnel without streams beside another of its slot is closed after this: what a burst has opened goes
+/// with it.
+const SURPLUS_IDLE: Duration = Duration::from_secs(5);
+
+/// How often idle tunnels are looked for.
+const SWEEP: Duration = Duration::from_secs(1);
 
 /// How long a failed dial answers for those who come right after it.
 const FAILURE_LASTS: Duration = Duration::from_millis(100);
@@ -196,6 +204,17 @@ impl Tunnels {
     }
 }
 
+/// Closes what is idle, again and again, for as long as it is polled.
+pub async fn sweep(context: Arc<Context>) -> Infallible {
+    loop {
+        tokio::time::sleep(SWEEP).await;
+        let snapshot = context.discovery.snapshot();
+        for pod in context.pods.all() {
+            pod.tunnels.sweep(&snapshot);
+        }
+    }
+}
+
 impl Slot {
     async fn tunnel(
         &self,
@@ -255,11 +274,18 @@ impl Slot {
             return true;
         };
         let now = Instant::now();
+        let mut another = pool.tunnels.iter().any(|pooled| pooled.tunnel.streams() > 0);
         pool.tunnels.retain_mut(|pooled| {
-            if pooled.tunnel.streams() > 0 {
+            let kept = if pooled.tunnel.streams() > 0 {
                 pooled.used = now;
-            }
-            known && !pooled.tunnel.is_closed() && now.duration_since(pooled.used) < IDLE
+                true
+            } else {
+                let patience = if another { SURPLUS_IDLE } else { IDLE };
+                now.duration_since(pooled.used) < patience
+            };
+            let kept = kept && known && !pooled.tunnel.is_closed();
+            another |= kept;
+            kept
         });
         *self.seen.lock() = pool.tunnels.iter().map(|pooled| pooled.tunnel.clone()).collect();
         !pool.tunnels.is_empty()
