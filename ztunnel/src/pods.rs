@@ -99,7 +99,8 @@ impl Pod {
                 generations.changed().await.ok()?;
             }
         };
-        tokio::time::timeout(KNOWN_WITHIN, arrives).await.ok().flatten()
+        let waited = Box::pin(tokio::time::timeout(KNOWN_WITHIN, arrives)).await;
+        waited.ok().flatten()
     }
 
     /// Ends everything of the pod: listeners close, connections are reset.

@@ -79,41 +79,48 @@ impl Sockets {
     }
 
     async fn take(&self, kind: SocketKind, v6: bool) -> Option<OwnedFd> {
+        match self.take_now(kind, v6) {
+            Some(socket) => Some(socket),
+            None => Box::pin(tokio::time::timeout(PATIENCE, self.take_later(kind, v6)))
+                .await
+                .ok(),
+        }
+    }
+
+    /// Waits for one. An answer without sockets wakes nobody: then this asks again.
+    async fn take_later(&self, kind: SocketKind, v6: bool) -> OwnedFd {
         let shelf = &self.shelves[index(kind, v6)];
-        let taken = async {
-            loop {
-                let arrived = shelf.arrived.notified();
-                let (socket, ask) = {
-                    let mut state = shelf.state.lock();
-                    let socket = state.sockets.pop_front();
-                    let ask = state.sockets.len() < LOW && state.asked == 0;
-                    if ask {
-                        state.asked = BATCH;
-                    }
-                    (socket, ask)
-                };
-                if ask {
-                    let want = WantSockets {
-                        uid: self.uid.to_string(),
-                        v6,
-                        count: BATCH,
-                        kind: kind.into(),
-                    };
-                    // Nobody listens while the agent is away; its return asks anew.
-                    let _ = self.requests.send(FromZtunnel {
-                        message: Some(Message::WantSockets(want)),
-                    });
-                }
-                match socket {
-                    Some(socket) => return socket,
-                    // An answer without sockets wakes nobody: then this asks again.
-                    None => {
-                        let _ = tokio::time::timeout(ASK_AGAIN, arrived).await;
-                    }
-                }
+        loop {
+            let arrived = shelf.arrived.notified();
+            if let Some(socket) = self.take_now(kind, v6) {
+                return socket;
             }
-        };
-        tokio::time::timeout(PATIENCE, taken).await.ok()
+            let _ = tokio::time::timeout(ASK_AGAIN, arrived).await;
+        }
+    }
+
+    /// One from the shelf, if there is one; asks for more when few are left.
+    fn take_now(&self, kind: SocketKind, v6: bool) -> Option<OwnedFd> {
+        let mut state = self.shelves[index(kind, v6)].state.lock();
+        let socket = state.sockets.pop_front();
+        let ask = state.sockets.len() < LOW && state.asked == 0;
+        if ask {
+            state.asked = BATCH;
+        }
+        drop(state);
+        if ask {
+            let want = WantSockets {
+                uid: self.uid.to_string(),
+                v6,
+                count: BATCH,
+                kind: kind.into(),
+            };
+            // Nobody listens while the agent is away; its return asks anew.
+            let _ = self.requests.send(FromZtunnel {
+                message: Some(Message::WantSockets(want)),
+            });
+        }
+        socket
     }
 
     /// A UDP socket of the pod, unbound.

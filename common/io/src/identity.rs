@@ -123,7 +123,11 @@ impl Lease {
                 changes.changed().await.ok()?;
             }
         };
-        tokio::time::timeout(patience, arrived).await.ok().flatten()
+        // Boxed, as everywhere on a connection's way: what seldom waits takes no room in those that do not.
+        Box::pin(tokio::time::timeout(patience, arrived))
+            .await
+            .ok()
+            .flatten()
     }
 
     /// Tells when the SVID or its bundles are replaced.

@@ -10,6 +10,7 @@
 mod client;
 pub mod decode;
 mod questions;
+mod response;
 pub mod walker;
 
 pub use client::{Discovery, Mode, Settings, start};

@@ -246,7 +246,7 @@ impl Slot {
             pooled.used = Instant::now();
             return Ok(pooled.tunnel.clone());
         }
-        match dial_peer(pod, context, hop, credential).await {
+        match Box::pin(dial_peer(pod, context, hop, credential)).await {
             Ok(tunnel) => {
                 pool.failed = None;
                 pool.tunnels.retain(|pooled| !pooled.tunnel.is_closed());

@@ -3,6 +3,7 @@
 use super::{
     decode::{self, DecodeError, decode_sharing},
     questions::{Question, Questions},
+    response::{self, Response},
 };
 use crate::control::{Backoff, Control, ControlError};
 use arc_swap::ArcSwap;
@@ -11,12 +12,10 @@ use culvert_core::{
     snapshot::{Change, Snapshot},
 };
 use culvert_proto::{
-    discovery::{
-        DeltaDiscoveryRequest, DeltaDiscoveryResponse, Node, Resource,
-        aggregated_discovery_service_client::AggregatedDiscoveryServiceClient,
-    },
+    discovery::{DeltaDiscoveryRequest, Node, Resource},
     rpc, type_url,
 };
+use prost::Message;
 use std::{
     collections::HashMap,
     sync::Arc,
@@ -24,6 +23,8 @@ use std::{
 };
 use tokio::sync::{mpsc, watch};
 use tokio_stream::wrappers::ReceiverStream;
+use tonic::{Request, client::Grpc, service::interceptor::InterceptedService, transport::Channel};
+use tonic_prost::ProstCodec;
 
 /// How much of the mesh is asked for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -84,8 +85,8 @@ pub fn start(settings: Settings) -> Result<(Discovery, impl Future<Output = ()> 
         ready: watch::Sender::new(false),
         lookups,
     });
-    let service = AggregatedDiscoveryServiceClient::with_interceptor(channel, credentials)
-        .max_decoding_message_size(MAX_RESPONSE);
+    let service =
+        Grpc::new(InterceptedService::new(channel, credentials)).max_decoding_message_size(MAX_RESPONSE);
     let mut client = Client {
         settings,
         shared: shared.clone(),
@@ -171,7 +172,7 @@ impl Discovery {
                 }
             }
         };
-        let _ = tokio::time::timeout(patience, answer).await;
+        let _ = Box::pin(tokio::time::timeout(patience, answer)).await;
     }
 }
 
@@ -208,9 +209,7 @@ struct Client {
     source: Option<(String, u64)>,
 }
 
-type Service = AggregatedDiscoveryServiceClient<
-    tonic::service::interceptor::InterceptedService<tonic::transport::Channel, crate::control::Credentials>,
->;
+type Service = Grpc<InterceptedService<Channel, crate::control::Credentials>>;
 
 impl Client {
     /// Runs one stream to its end and says why it ended.
@@ -222,10 +221,12 @@ impl Client {
                 return "request queue is full".to_owned();
             }
         }
-        let mut responses = match service
-            .delta_aggregated_resources(ReceiverStream::new(outgoing))
-            .await
-        {
+        if let Err(error) = service.ready().await {
+            return error.to_string();
+        }
+        let codec = ProstCodec::<DeltaDiscoveryRequest, Response>::default();
+        let outgoing = Request::new(ReceiverStream::new(outgoing));
+        let mut responses = match service.streaming(outgoing, response::method(), codec).await {
             Ok(response) => response.into_inner(),
             Err(status) => return status.message().to_owned(),
         };
@@ -313,7 +314,8 @@ impl Client {
     }
 
     /// Applies one response as one change and says ACK or NACK.
-    fn take(&mut self, response: DeltaDiscoveryResponse) -> DeltaDiscoveryRequest {
+    fn take(&mut self, response: impl Into<Response>) -> DeltaDiscoveryRequest {
+        let response = response.into();
         let mut refused = vec![];
         let known = TYPES.into_iter().find(|url| *url == response.type_url);
         match (known, self.version_went_back(&response.system_version_info)) {
@@ -322,6 +324,13 @@ impl Client {
             (Some(url), None) => {
                 let mut changes = vec![];
                 for resource in response.resources {
+                    let resource = match Resource::decode(resource) {
+                        Ok(resource) => resource,
+                        Err(error) => {
+                            refused.push(format!("a resource: {error}"));
+                            continue;
+                        }
+                    };
                     let name = resource.name.clone();
                     match self.read(url, resource) {
                         Ok(change) => changes.push(change),

@@ -1,6 +1,6 @@
 use super::*;
 use culvert_core::{ids::NetworkId, policy::Action};
-use culvert_proto::{security, workload as wire};
+use culvert_proto::{discovery::DeltaDiscoveryResponse, security, workload as wire};
 use prost::Message;
 
 fn client(mode: Mode) -> Client {
