@@ -9,7 +9,7 @@
 
 use crate::{
     control::{Control, ControlError, Credentials},
-    tls::{BundleError, Svid, SvidError, TrustBundles},
+    tls::{BundleError, Svid, SvidError, TrustBundles, VerifyError},
 };
 use culvert_core::ids::{SpiffeId, TrustDomain};
 use culvert_proto::ca::{
@@ -41,6 +41,9 @@ const LIFETIME: Duration = Duration::from_secs(3600);
 /// How long one request may take.
 const REQUEST_DEADLINE: Duration = Duration::from_secs(10);
 
+/// Longest pause between two tries after a failure.
+const LONGEST_PAUSE: Duration = Duration::from_secs(150);
+
 /// Most certificates in an answer's elements together.
 const MAX_ELEMENTS: usize = 6;
 
@@ -59,6 +62,8 @@ pub enum IssueError {
     Svid(#[from] SvidError),
     #[error("the answer's roots: {0}")]
     Roots(#[from] BundleError),
+    #[error("no peer would take the answer: {0}")]
+    Unverified(#[from] VerifyError),
     #[error("asked for {asked}, got {got}")]
     OtherId { asked: SpiffeId, got: SpiffeId },
     #[error("the answer is not valid now")]
@@ -184,6 +189,8 @@ impl Identities {
 /// Fetches, then renews at half life, for as long as the entry lives.
 async fn keep(store: Arc<Store>, entry: Weak<Entry>, id: SpiffeId) {
     let mut failures = 0u32;
+    // Once the CA is back, no more than one renewal's time passes until it is asked again (F13).
+    let mut longest = LONGEST_PAUSE;
     loop {
         let issued = {
             let Ok(_permit) = store.in_flight.acquire().await else {
@@ -196,6 +203,7 @@ async fn keep(store: Arc<Store>, entry: Weak<Entry>, id: SpiffeId) {
             Ok(credential) => {
                 failures = 0;
                 let pause = until_renewal(&credential.svid);
+                longest = pause.min(LONGEST_PAUSE);
                 tracing::info!(%id, serial = credential.svid.serial(), renew_in = ?pause, "SVID issued");
                 held.current.send_replace(Some(credential));
                 pause
@@ -204,7 +212,7 @@ async fn keep(store: Arc<Store>, entry: Weak<Entry>, id: SpiffeId) {
                 failures = failures.saturating_add(1);
                 let pause = Duration::from_millis(500)
                     .saturating_mul(1 << failures.saturating_sub(1).min(9))
-                    .min(Duration::from_secs(150))
+                    .min(longest)
                     .mul_f64(rand::random_range(0.8..1.2));
                 tracing::error!(%id, %error, retry_in = ?pause, "no SVID issued; keeping the one in hand");
                 pause
@@ -287,6 +295,7 @@ fn accept_answer(id: &SpiffeId, elements: &[String], key: &str) -> Result<Creden
     }
     let trust_domain: TrustDomain = id.trust_domain().parse().map_err(SvidId)?;
     let bundles = TrustBundles::default().with_roots(&trust_domain, roots)?;
+    svid.verify(&bundles)?;
     Ok(Credential {
         svid,
         bundles: Arc::new(bundles),
@@ -301,3 +310,6 @@ impl From<SvidId> for IssueError {
         Self::Svid(SvidError::Leaf(error.into()))
     }
 }
+
+#[cfg(test)]
+mod tests;

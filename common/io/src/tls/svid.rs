@@ -1,6 +1,10 @@
 //! A workload's own certificate and key.
 
-use super::leaf::{LeafError, instant, leaf_identity, parse};
+use super::{
+    bundle::TrustBundles,
+    leaf::{LeafError, instant, leaf_identity, parse},
+    verify::VerifyError,
+};
 use culvert_core::ids::SpiffeId;
 use rustls::{crypto::aws_lc_rs, sign::CertifiedKey};
 use rustls_pki_types::{CertificateDer, PrivateKeyDer, pem::PemObject};
@@ -86,6 +90,11 @@ impl Svid {
 
     pub fn chain(&self) -> &[CertificateDer<'static>] {
         &self.certified.cert
+    }
+
+    /// Fails unless a peer that trusts `bundles` takes it now.
+    pub fn verify(&self, bundles: &TrustBundles) -> Result<(), VerifyError> {
+        super::verify::verify(bundles, &self.certified.cert).map(|_| ())
     }
 
     pub(super) fn certified(&self) -> Arc<CertifiedKey> {

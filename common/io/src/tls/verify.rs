@@ -171,6 +171,19 @@ impl Verifier {
     }
 }
 
+/// Fails unless a peer that trusts `bundles` takes this chain now, as a client's and as a server's.
+pub(super) fn verify(bundles: &TrustBundles, chain: &[CertificateDer<'_>]) -> Result<(), VerifyError> {
+    let verifier = Verifier {
+        bundles: Arc::new(bundles.clone()),
+        expected: Expected::AnyTrusted,
+    };
+    let (leaf, intermediates) = chain.split_first().ok_or(LeafError::Malformed)?;
+    for usage in [KeyUsage::client_auth(), KeyUsage::server_auth()] {
+        verifier.verify(leaf, intermediates, UnixTime::now(), usage)?;
+    }
+    Ok(())
+}
+
 /// A list's issuer comes without its outer SEQUENCE header, a certificate's with it.
 fn same_name(contents: &[u8], name: &[u8]) -> bool {
     name == contents || (name.len() > contents.len() && name.ends_with(contents))
