@@ -60,6 +60,9 @@ const NAME_DEADLINE: Duration = Duration::from_secs(1);
 /// Largest response that is read.
 const MAX_RESPONSE: usize = 200 * 1024 * 1024;
 
+/// Resources that a NACK names one by one.
+const MAX_REFUSED: usize = 20;
+
 /// Look-ups that wait to be sent.
 const QUEUED_LOOKUPS: usize = 1024;
 
@@ -198,6 +201,23 @@ enum Named {
     Config,
 }
 
+impl Named {
+    /// A resource has the name of what it is: under another it would take that one's place.
+    fn check(&self, name: &str) -> Result<(), DecodeError> {
+        let own = match self {
+            Self::Workload(uid) => uid.to_string(),
+            Self::Service(key) => key.to_string(),
+            Self::Policy(key) | Self::OutboundPolicy(key) => key.to_string(),
+            Self::Config => return Ok(()),
+        };
+        if name.eq_ignore_ascii_case(&own) {
+            Ok(())
+        } else {
+            Err(DecodeError::Name(own))
+        }
+    }
+}
+
 struct Client {
     settings: Settings,
     shared: Arc<Shared>,
@@ -322,7 +342,7 @@ impl Client {
             (None, _) => refused.push(format!("type {} was not asked for", response.type_url)),
             (_, Some(why)) => refused.push(why),
             (Some(url), None) => {
-                let mut changes = vec![];
+                let (mut changes, mut more) = (vec![], 0usize);
                 for resource in response.resources {
                     let resource = match Resource::decode(resource) {
                         Ok(resource) => resource,
@@ -334,11 +354,15 @@ impl Client {
                     let name = resource.name.clone();
                     match self.read(url, resource) {
                         Ok(change) => changes.push(change),
-                        Err(why) => refused.push(format!("{name}: {why}")),
+                        Err(why) if refused.len() < MAX_REFUSED => refused.push(format!("{name}: {why}")),
+                        Err(_) => more += 1,
                     }
                 }
+                if more > 0 {
+                    refused.push(format!("and {more} more"));
+                }
                 for name in &response.removed_resources {
-                    changes.extend(self.remove(url, name));
+                    self.remove(url, name, &mut changes);
                 }
                 self.types.entry(url).or_default().listed = true;
                 self.publish(changes);
@@ -391,6 +415,7 @@ impl Client {
             Change::OutboundPolicy(policy) => Named::OutboundPolicy(policy.key.clone()),
             _ => Named::Config,
         };
+        names.check(&resource.name)?;
         let name = match &names {
             // Control names a workload by its uid, which is kept once.
             Named::Workload(uid) if uid.as_str() == resource.name => uid.clone().into(),
@@ -402,17 +427,18 @@ impl Client {
         Ok(change)
     }
 
-    fn remove(&mut self, url: &'static str, name: &str) -> Option<Change> {
-        match self.types.entry(url).or_default().held.remove(name) {
-            Some(held) => match held.names {
-                Named::Workload(uid) => Some(Change::RemoveWorkload(uid)),
-                Named::Service(key) => Some(Change::RemoveService(key)),
-                Named::Policy(key) => Some(Change::RemovePolicy(key)),
-                Named::OutboundPolicy(key) => Some(Change::RemoveOutboundPolicy(key)),
-                Named::Config => None,
-            },
-            // Something that was asked for and that nothing is.
-            None => self.questions.named(name).map(Question::unknown),
+    fn remove(&mut self, url: &'static str, name: &str, changes: &mut Vec<Change>) {
+        let held = self.types.entry(url).or_default().held.remove(name);
+        changes.extend(held.and_then(|held| match held.names {
+            Named::Workload(uid) => Some(Change::RemoveWorkload(uid)),
+            Named::Service(key) => Some(Change::RemoveService(key)),
+            Named::Policy(key) => Some(Change::RemovePolicy(key)),
+            Named::OutboundPolicy(key) => Some(Change::RemoveOutboundPolicy(key)),
+            Named::Config => None,
+        }));
+        if url == type_url::ADDRESS {
+            // What was asked for by this name is answered: nothing has it.
+            changes.extend(self.questions.named(name).map(Question::unknown));
         }
     }
 

@@ -32,6 +32,8 @@ pub enum DecodeError {
     Field { field: &'static str, reason: String },
     #[error(transparent)]
     Id(#[from] IdError),
+    #[error("under that name comes {0:?}")]
+    Name(String),
     #[error("type {0} is not one of ours")]
     Type(String),
 }

@@ -218,3 +218,140 @@ fn a_type_that_was_not_asked_for_is_refused() {
     ));
     assert!(refusal(&answer).contains("not asked for"));
 }
+
+fn service(namespace: &str, vip: [u8; 4]) -> Resource {
+    let service = wire::Service {
+        name: "cart".into(),
+        namespace: namespace.into(),
+        hostname: "cart.example".into(),
+        addresses: vec![wire::NetworkAddress {
+            network: String::new(),
+            address: vip.to_vec(),
+            length: None,
+        }],
+        ..wire::Service::default()
+    };
+    let message = wire::Address {
+        r#type: Some(wire::address::Type::Service(service)),
+    };
+    resource(&format!("{namespace}/cart.example"), &message)
+}
+
+#[test]
+fn t53_f45_whatever_control_says_the_last_good_view_stays() {
+    let mut client = client(Mode::Wildcard);
+    client.take(response(
+        "uid/5",
+        type_url::ADDRESS,
+        vec![pod("w", [10, 0, 0, 1])],
+        &[],
+    ));
+    let half = |name: &str| {
+        let mut half = pod(name, [10, 0, 0, 9]);
+        half.resource.as_mut().unwrap().value.pop();
+        half
+    };
+    let under_another_name = Resource {
+        name: "w".into(),
+        ..pod("hostile", [10, 0, 0, 1])
+    };
+    let empty = Resource {
+        resource: None,
+        ..pod("w", [10, 0, 0, 9])
+    };
+    for (case, version, resources, removed, says) in [
+        ("half of a resource", "uid/6", vec![half("w")], &[][..], "w: "),
+        (
+            "under another's name",
+            "uid/6",
+            vec![under_another_name],
+            &[],
+            "under that name comes \"hostile\"",
+        ),
+        ("without content", "uid/6", vec![empty], &[], "w: "),
+        ("older", "uid/4", vec![pod("w", [10, 0, 0, 9])], &["w"], "older"),
+        (
+            "huge and wrong",
+            "uid/6",
+            (0..10_000).map(|_| half("w")).collect(),
+            &[],
+            "and 9980 more",
+        ),
+        ("empty", "uid/6", vec![], &[], ""),
+        ("a removal of what never was", "uid/6", vec![], &["nobody"], ""),
+    ] {
+        let answer = client.take(response(version, type_url::ADDRESS, resources, removed));
+        assert!(refusal(&answer).contains(says), "{case}: {answer:?}");
+        assert_eq!(refusal(&answer).is_empty(), says.is_empty(), "{case}");
+        assert!(refusal(&answer).len() < 10_000, "{case}: a NACK stays short");
+        let snapshot = client.shared.snapshot.load();
+        let kept = snapshot.workload(&"w".into()).unwrap_or_else(|| panic!("{case}"));
+        assert_eq!(
+            (snapshot.workload_count(), kept.addresses[0].to_string()),
+            (1, "10.0.0.1".to_owned()),
+            "{case}"
+        );
+    }
+    // Flapping between two views: each newer one is taken, none of the older ones.
+    for turn in 0..100u8 {
+        let (new, old) = (
+            format!("uid/{}", 10 + u32::from(turn)),
+            format!("uid/{}", 9 + u32::from(turn)),
+        );
+        let taken = client.take(response(
+            &new,
+            type_url::ADDRESS,
+            vec![pod("w", [10, 0, 1, turn])],
+            &[],
+        ));
+        let late = client.take(response(&old, type_url::ADDRESS, vec![], &["w"]));
+        assert_eq!(
+            (refusal(&taken), refusal(&late).is_empty()),
+            ("", false),
+            "turn {turn}"
+        );
+        let snapshot = client.shared.snapshot.load();
+        let kept = snapshot.workload(&"w".into()).unwrap();
+        assert_eq!(kept.addresses[0].to_string(), format!("10.0.1.{turn}"));
+    }
+}
+
+#[test]
+fn t53_a_name_that_two_namespaces_claim_is_its_owners() {
+    let mut client = client(Mode::Wildcard);
+    let both = vec![service("evil", [10, 96, 0, 1]), service("shop", [10, 96, 0, 1])];
+    client.take(response("uid/1", type_url::ADDRESS, both, &[]));
+    let snapshot = client.shared.snapshot.load();
+    let vip = NetworkAddress {
+        network: NetworkId::from(""),
+        ip: "10.96.0.1".parse().unwrap(),
+    };
+    for namespace in ["shop", "evil"] {
+        let by_name = snapshot.service_named("cart.example", namespace).unwrap();
+        assert_eq!(by_name.namespace(), namespace);
+        match snapshot.lookup(&vip, namespace) {
+            culvert_core::snapshot::Lookup::Service(service) => assert_eq!(service.namespace(), namespace),
+            other => panic!("{other:?}"),
+        }
+    }
+}
+
+#[test]
+fn a_service_that_was_asked_for_and_goes_is_answered_with_nothing() {
+    let mut client = client(Mode::OnDemand);
+    let question = Question::Service("shop/cart.example".parse().unwrap());
+    client.ask(question.clone()).unwrap();
+    client.take(response(
+        "uid/1",
+        type_url::ADDRESS,
+        vec![service("shop", [10, 96, 0, 1])],
+        &[],
+    ));
+    client.take(response(
+        "uid/2",
+        type_url::ADDRESS,
+        vec![],
+        &["shop/cart.example"],
+    ));
+    assert!(question.is_answered(&client.shared.snapshot.load()));
+}
