@@ -7,11 +7,12 @@
 //! node, compared and never parsed; usage, life and issuer are ours (T38, TR-1).
 
 use anyhow::{Context, bail};
-use culvert_core::ids::SpiffeId;
+use culvert_core::ids::{SpiffeId, TrustDomain};
+use culvert_io::tls::{Svid, TrustBundles};
 use rcgen::{
     BasicConstraints, CertificateParams, CertificateSigningRequestParams, CertifiedIssuer, DistinguishedName,
     DnType, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair, KeyUsagePurpose, PKCS_ECDSA_P256_SHA256,
-    PKCS_ECDSA_P384_SHA384, SanType, SerialNumber,
+    PKCS_ECDSA_P384_SHA384, PublicKeyData, SanType, SerialNumber,
 };
 use rustls_pki_types::{CertificateDer, PrivateKeyDer, pem::PemObject};
 use std::{
@@ -30,6 +31,10 @@ const ROOT_LIFE: Duration = Duration::from_secs(10 * 365 * 24 * 3600);
 
 /// Life of this server's own certificate; it is made anew at each start.
 const SERVER_LIFE: Duration = Duration::from_secs(30 * 24 * 3600);
+
+/// Bytes of an uncompressed point of each curve (SEC 1 §2.3.3).
+const P256_POINT: usize = 65;
+const P384_POINT: usize = 97;
 
 /// Signs leaves for identities.
 pub struct Authority {
@@ -102,6 +107,22 @@ impl Authority {
         })
     }
 
+    /// Fails unless what it signs is what the mesh takes: the key is the certificate's, and the chain leads to
+    /// one of the roots.
+    pub fn check(&self, trust_domain: &TrustDomain) -> anyhow::Result<()> {
+        let id = SpiffeId::from_template(trust_domain, "culvert-system", "control")?;
+        let key = KeyPair::generate_for(&PKCS_ECDSA_P256_SHA256)?;
+        let csr = CertificateParams::default().serialize_request(&key)?.pem()?;
+        let (elements, _) = self.sign(&id, &csr, Duration::from_secs(60))?;
+        let (roots, chain) = elements.split_last().context("no certificate")?;
+        let svid = Svid::from_pem(&chain.concat(), &key.serialize_pem()).context("the CA's chain")?;
+        let bundles = TrustBundles::default()
+            .with_roots(trust_domain, roots)
+            .context("the roots")?;
+        svid.verify(&bundles)
+            .context("the CA's key, chain and roots do not belong together")
+    }
+
     /// The trust bundle, PEM.
     pub fn roots(&self) -> &str {
         &self.roots
@@ -112,7 +133,17 @@ impl Authority {
     pub fn sign(&self, id: &SpiffeId, csr: &str, life: Duration) -> Result<(Vec<String>, String), SignError> {
         let request = CertificateSigningRequestParams::from_pem(csr)
             .map_err(|error| SignError::Request(error.to_string()))?;
-        if ![&PKCS_ECDSA_P256_SHA256, &PKCS_ECDSA_P384_SHA384].contains(&request.public_key.algorithm()) {
+        let key = (
+            request.public_key.algorithm(),
+            request.public_key.der_bytes().len(),
+        );
+        // The algorithm is that of the signature: a key of another curve than it names has another length.
+        if ![
+            (&PKCS_ECDSA_P256_SHA256, P256_POINT),
+            (&PKCS_ECDSA_P384_SHA384, P384_POINT),
+        ]
+        .contains(&key)
+        {
             return Err(SignError::Key);
         }
         let mut params = leaf();

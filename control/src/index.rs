@@ -1,29 +1,50 @@
 //! Objects become the resources that nodes are sent.
 //!
 //! ```text
-//! Objects + capture states + settings ──build──▶ World { resources by type and name, endpoints, pods }
+//! Changes of objects ─┐
+//! agents' reports    ─┼──apply──▶ what is dirty ──derive──▶ World (what changed is written down)
+//! nodes' ACKs        ─┘
 //! ```
-//! Pure: no I/O, no clock. Invariant: equal inputs give byte-equal resources, so that a version is a digest
-//! of content and nothing is sent twice.
+//! Pure: no I/O, no clock. Invariant: the outcome depends on the inputs alone and not on their order, so that a
+//! version is a digest of content; a change costs what it touches, not what there is.
 
+mod derive;
+mod endpoints;
+mod labels;
+mod note;
+mod phase;
 mod policies;
+mod selected;
+mod services;
 mod workloads;
+pub mod world;
 
-pub use policies::check;
+pub use phase::Capture;
+pub use world::{PodFacts, World};
 
 use crate::config::{Config, Egress, Profile};
-use crate::watch::objects::Objects;
-use bytes::Bytes;
-use culvert_core::ids::{SpiffeId, TrustDomain};
-use culvert_proto::{mesh, security, type_url};
+use crate::watch::{
+    claims::Claim,
+    objects::{Change, Key, Metadata, Object, Objects},
+};
+use culvert_core::ids::TrustDomain;
+use culvert_proto::{mesh, security, workload as wire};
 use ipnet::IpNet;
+use labels::{Members, Selectors};
+use phase::Phase;
 use prost::Message;
-use sha2::{Digest, Sha256};
+use selected::Selecting;
 use std::{
-    collections::{BTreeMap, HashMap},
+    collections::{BTreeMap, BTreeSet, HashMap, HashSet},
     net::IpAddr,
     sync::Arc,
 };
+use world::{About, CONFIG, INBOUND, Resource, Step};
+
+const CLUSTER: &str = "Kubernetes";
+
+/// Reports about pods that no object names yet; more are not kept.
+const MAX_STRANGERS: usize = 100_000;
 
 /// What does not come from objects.
 #[derive(Debug, Clone)]
@@ -55,165 +76,222 @@ impl From<&Config> for Settings {
     }
 }
 
-/// How far a pod's capture is, as its node's agent reports it (settled D11).
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub enum Capture {
-    #[default]
-    None,
-    Captured,
-    Broken,
-}
-
-/// One resource, encoded once.
-#[derive(Debug, PartialEq, Eq)]
-pub struct Resource {
-    pub name: String,
-    /// A digest of the content.
-    pub version: String,
-    pub bytes: Bytes,
-    /// Names that it is also found by: `network/ip`.
-    pub aliases: Vec<String>,
-    /// The node that a workload runs on.
-    pub node: String,
-    /// A service of ranges, which no single address leads to.
-    pub is_range: bool,
-}
-
-/// One enrolled or plain pod, for node orders and the CA.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct PodFacts {
-    pub uid: String,
-    pub namespace: String,
-    pub name: String,
-    pub service_account: String,
-    pub node: String,
-    pub identity: SpiffeId,
-    pub workload_uid: String,
-    pub enrolled: bool,
-    /// It ran outside of the mesh before: its callers still speak plaintext to it until HBONE is published
-    /// (settled D11). A pod that was in the mesh from its start is never reached in plaintext.
-    pub born_outside: bool,
-    /// Its namespace as a whole takes no part.
-    pub namespace_apart: bool,
-    pub probe_ports: Vec<u16>,
-    pub exclude_inbound_ports: Vec<u16>,
-    pub exclude_outbound_ports: Vec<u16>,
-    pub exclude_outbound_nets: Vec<IpNet>,
-}
-
-/// Everything that is served, as of one change.
-#[derive(Debug, Default)]
-pub struct World {
-    pub number: u64,
-    pub types: HashMap<&'static str, BTreeMap<String, Arc<Resource>>>,
-    /// `network/ip` to the names of Address resources.
-    pub aliases: HashMap<String, Vec<String>>,
-    /// A service's resource name to its endpoints' names.
-    pub endpoints: HashMap<String, Vec<String>>,
-    pub pods: BTreeMap<String, PodFacts>,
-}
-
-/// Types in the order in which nodes ask for them.
-pub const TYPES: [&str; 4] = [
-    type_url::MESH_CONFIG,
-    type_url::AUTHORIZATION,
-    type_url::OUTBOUND_POLICY,
-    type_url::ADDRESS,
-];
-
-/// Builds the world from scratch; unchanged resources are shared with `before`.
-pub fn build(
-    objects: &Objects,
-    captures: &HashMap<String, Capture>,
-    settings: &Settings,
-    before: &World,
-) -> World {
-    let mut builder = Builder {
-        before,
-        world: World {
-            number: before.number + 1,
-            ..World::default()
-        },
-    };
-    for url in TYPES {
-        builder.world.types.insert(url, BTreeMap::new());
-    }
-    builder.config(settings);
-    let selected = policies::build(objects, settings, &mut builder);
-    workloads::build(objects, captures, settings, &selected, &mut builder);
-    builder.world
-}
-
-struct Builder<'b> {
-    before: &'b World,
-    world: World,
-}
-
-impl Builder<'_> {
-    fn add(&mut self, url: &'static str, name: String, message: &impl Message) {
-        self.add_with(url, name, message, |_| ());
-    }
-
-    /// Adds a resource with what `more` fills in beside its content.
-    fn add_with(
-        &mut self,
-        url: &'static str,
-        name: String,
-        message: &impl Message,
-        more: impl FnOnce(&mut Resource),
-    ) {
-        let bytes = Bytes::from(message.encode_to_vec());
-        let digest = Sha256::digest(&bytes);
-        let version = digest[..8]
-            .iter()
-            .fold(String::new(), |text, byte| format!("{text}{byte:02x}"));
-        let mut resource = Resource {
-            name: name.clone(),
-            version,
-            bytes,
-            aliases: vec![],
-            node: String::new(),
-            is_range: false,
-        };
-        more(&mut resource);
-        let known = self.before.types.get(url).and_then(|all| all.get(&name));
-        let shared = match known {
-            Some(known) if **known == resource => known.clone(),
-            _ => Arc::new(resource),
-        };
-        for alias in &shared.aliases {
-            self.world
-                .aliases
-                .entry(alias.clone())
-                .or_default()
-                .push(name.clone());
+/// Judges one object by itself: what it holds for itself alone, or why it is not taken.
+pub fn check(object: &Object, settings: &Settings) -> Result<Vec<Claim>, String> {
+    match object {
+        Object::Namespace(_) | Object::Node(_) => Ok(vec![]),
+        Object::Pod(pod) => workloads::check_pod(&key_of(&pod.metadata), pod, settings),
+        Object::Service(service) => services::check(service),
+        Object::EndpointSlice(slice) => endpoints::check(slice).map(|()| vec![]),
+        Object::Workload(one) => workloads::check_declared(&key_of(&one.metadata), one, settings),
+        Object::ExternalService(one) => services::check_external(&key_of(&one.metadata), one, settings),
+        Object::AuthorizationPolicy(one) => {
+            policies::check(&key_of(&one.metadata), one, settings).map(|()| vec![])
         }
-        self.world.types.entry(url).or_default().insert(name, shared);
+        Object::PeerAuthentication(_) => Ok(vec![]),
+    }
+}
+
+fn key_of(metadata: &Metadata) -> Key {
+    Key {
+        namespace: metadata.namespace.clone(),
+        name: metadata.name.clone(),
+    }
+}
+
+/// What an agent says.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Report {
+    /// It has come, with these pods.
+    Hello {
+        node: String,
+        uids: Vec<String>,
+    },
+    State {
+        node: String,
+        uid: String,
+        capture: Capture,
+    },
+    Gone {
+        node: String,
+        uid: String,
+    },
+}
+
+/// Something that is an endpoint and has policies.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+enum Member {
+    Pod(Key),
+    Declared(Key),
+}
+
+/// Where something stands.
+#[derive(Debug, Clone, Default, PartialEq)]
+struct Place {
+    region: String,
+    zone: String,
+    subzone: String,
+}
+
+impl Place {
+    fn message(&self) -> Option<wire::Locality> {
+        (*self != Self::default()).then(|| wire::Locality {
+            region: self.region.clone(),
+            zone: self.zone.clone(),
+            subzone: self.subzone.clone(),
+        })
+    }
+}
+
+/// What has to be derived again.
+#[derive(Default)]
+struct Dirty {
+    members: BTreeSet<Member>,
+    /// Services whose listed endpoints may have changed.
+    listed: BTreeSet<Key>,
+    step: Step,
+}
+
+/// All objects and what follows from them. One task owns it.
+pub struct Index {
+    settings: Settings,
+    objects: Objects,
+    members: Members<Member>,
+    by_node: HashMap<String, BTreeSet<Member>>,
+    by_address: HashMap<IpAddr, Member>,
+    selecting: Selecting,
+    services: Selectors<Key>,
+    /// A service's slices, and the addresses in them.
+    slices: BTreeMap<Key, BTreeSet<Key>>,
+    listed_at: HashMap<IpAddr, BTreeSet<Key>>,
+    /// Names of the resources made for a service's listed addresses.
+    made: HashMap<Key, BTreeSet<String>>,
+    phases: HashMap<String, Phase>,
+    waiting: BTreeSet<Member>,
+    captures: HashMap<String, (String, Capture)>,
+    /// Nodes whose agent has come since the start.
+    attended: HashSet<String>,
+    world: World,
+    begun: bool,
+}
+
+impl Index {
+    /// Counts worlds from `number` on.
+    pub fn new(settings: Settings, number: u64) -> Self {
+        Self {
+            settings,
+            objects: Objects::default(),
+            members: Members::default(),
+            by_node: HashMap::new(),
+            by_address: HashMap::new(),
+            selecting: Selecting::default(),
+            services: Selectors::default(),
+            slices: BTreeMap::new(),
+            listed_at: HashMap::new(),
+            made: HashMap::new(),
+            phases: HashMap::new(),
+            waiting: BTreeSet::new(),
+            captures: HashMap::new(),
+            attended: HashSet::new(),
+            world: World::at(number),
+            begun: false,
+        }
     }
 
-    fn config(&mut self, settings: &Settings) {
-        let message = mesh::MeshConfig {
-            trust_domain: settings.trust_domain.to_string(),
-            cluster_domain: settings.cluster_domain.clone(),
-            mesh_ranges: settings.mesh_ranges.iter().map(|net| address(*net)).collect(),
-            egress: match settings.egress {
-                Egress::Allow => mesh::EgressMode::AllowAny,
-                Egress::RegistryOnly => mesh::EgressMode::RegistryOnly,
-                Egress::Deny => mesh::EgressMode::DenyAll,
-            }
-            .into(),
-            resolvers: settings.resolvers.iter().map(|ip| octets(*ip)).collect(),
-            network: String::new(),
-            federated: vec![],
-            other_traffic: match settings.profile {
-                Profile::Low | Profile::Medium => mesh::OtherTraffic::PassAndLog,
-                Profile::High => mesh::OtherTraffic::Refuse,
-            }
-            .into(),
-            enrolment_grace_seconds: grace_seconds(settings.profile),
-        };
-        self.add(type_url::MESH_CONFIG, "mesh".to_owned(), &message);
+    /// Whether a pod waits for nodes' ACKs.
+    pub fn waits(&self) -> bool {
+        !self.waiting.is_empty()
     }
+
+    /// Takes what is new and gives the world that follows, if it is another one. Every node has taken all up
+    /// to number `taken`.
+    pub fn apply(&mut self, changes: &[Change], reports: Vec<Report>, taken: u64) -> Option<Arc<World>> {
+        let mut dirty = Dirty::default();
+        if !self.begun {
+            self.begun = true;
+            self.world.put(&mut dirty.step, CONFIG, config(&self.settings));
+            for resource in policies::mesh_defaults(&self.settings) {
+                self.world.put(&mut dirty.step, INBOUND, resource);
+            }
+        }
+        for change in changes {
+            let old = self.objects.apply(change);
+            self.note(&change.id.key, old.as_ref(), change.object.as_ref(), &mut dirty);
+        }
+        for report in reports {
+            self.hear(report, &mut dirty);
+        }
+        dirty.members.extend(self.waiting.iter().cloned());
+        for service in std::mem::take(&mut dirty.listed) {
+            self.derive_listed(&service, &mut dirty);
+        }
+        for member in std::mem::take(&mut dirty.members) {
+            self.derive(&member, taken, &mut dirty.step);
+        }
+        let changed = self.world.close(dirty.step);
+        changed.then(|| Arc::new(self.world.clone()))
+    }
+
+    fn hear(&mut self, report: Report, dirty: &mut Dirty) {
+        match report {
+            Report::Hello { node, uids } => {
+                self.captures
+                    .retain(|uid, (of, _)| *of != node || uids.contains(uid));
+                for uid in uids {
+                    let unknown = (node.clone(), Capture::Unknown);
+                    self.captures.entry(uid).or_insert(unknown);
+                }
+                let own = self.by_node.get(&node).into_iter().flatten();
+                dirty.members.extend(own.cloned());
+                self.attended.insert(node);
+            }
+            Report::State { node, uid, capture } => {
+                if self.captures.len() < MAX_STRANGERS || self.world.pod(&uid).is_some() {
+                    self.touch(&uid, dirty);
+                    self.captures.insert(uid, (node, capture));
+                }
+            }
+            Report::Gone { node, uid } => {
+                if self.captures.get(&uid).is_some_and(|(of, _)| *of == node) {
+                    self.captures.remove(&uid);
+                    self.touch(&uid, dirty);
+                }
+            }
+        }
+    }
+
+    fn touch(&self, uid: &str, dirty: &mut Dirty) {
+        if let Some(pod) = self.world.pod(uid) {
+            dirty.members.insert(Member::Pod(Key {
+                namespace: pod.namespace.clone(),
+                name: pod.name.clone(),
+            }));
+        }
+    }
+}
+
+fn config(settings: &Settings) -> Resource {
+    let message = mesh::MeshConfig {
+        trust_domain: settings.trust_domain.to_string(),
+        cluster_domain: settings.cluster_domain.clone(),
+        mesh_ranges: settings.mesh_ranges.iter().map(|net| address(*net)).collect(),
+        egress: match settings.egress {
+            Egress::Allow => mesh::EgressMode::AllowAny,
+            Egress::RegistryOnly => mesh::EgressMode::RegistryOnly,
+            Egress::Deny => mesh::EgressMode::DenyAll,
+        }
+        .into(),
+        resolvers: settings.resolvers.iter().map(|ip| octets(*ip)).collect(),
+        network: String::new(),
+        federated: vec![],
+        other_traffic: match settings.profile {
+            Profile::Low | Profile::Medium => mesh::OtherTraffic::PassAndLog,
+            Profile::High => mesh::OtherTraffic::Refuse,
+        }
+        .into(),
+        enrolment_grace_seconds: grace_seconds(settings.profile),
+    };
+    Resource::new("mesh".into(), message.encode_to_vec(), About::Config)
 }
 
 /// How long connections that were open at enrolment may go on (settled D8).
@@ -238,3 +316,30 @@ fn address(net: IpNet) -> security::Address {
         length: net.prefix_len().into(),
     }
 }
+
+fn status(healthy: bool) -> i32 {
+    if healthy {
+        wire::WorkloadStatus::Healthy
+    } else {
+        wire::WorkloadStatus::Unhealthy
+    }
+    .into()
+}
+
+fn extension(name: &str, kind: &str, options: &impl Message) -> Vec<wire::Extension> {
+    let value = options.encode_to_vec();
+    if value.is_empty() {
+        return vec![];
+    }
+    let config = prost_types::Any {
+        type_url: format!("type.googleapis.com/{kind}"),
+        value,
+    };
+    vec![wire::Extension {
+        name: name.to_owned(),
+        config: Some(config),
+    }]
+}
+
+#[cfg(test)]
+pub(crate) mod tests;

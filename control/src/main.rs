@@ -13,22 +13,27 @@ mod admin;
 mod authority;
 mod config;
 mod index;
+mod rotation;
 mod serve;
 mod watch;
 
 use anyhow::Context;
+use arc_swap::ArcSwap;
 use authority::Authority;
 use clap::Parser;
 use config::Config;
-use index::{Settings, World};
-use serve::{Shared, Tokens};
+use index::{Index, Report, Settings, World};
+use serve::{Certificate, Shared, Tokens, acks::Acks, limits::Limits};
 use std::{fs, os::unix::fs::DirBuilderExt, path::Path, sync::Arc};
 use tokio::{
     net::TcpListener,
     signal::unix::{SignalKind, signal},
     sync::{mpsc, watch as cell},
 };
-use watch::files::{Latest, watch_folder};
+use watch::{
+    files::{Check, Health, watch_folder},
+    objects::Change,
+};
 
 #[tokio::main]
 async fn main() -> anyhow::Result<()> {
@@ -48,7 +53,8 @@ async fn main() -> anyhow::Result<()> {
     let settings = Settings::from(&config);
     let authority = authority(&config)?;
     let addresses: Vec<_> = config.listen.iter().map(|address| address.ip()).collect();
-    let tls = serve::server_config(&authority, &config.server_name, &addresses)?;
+    let certificate = Arc::new(Certificate::new(&authority, &config.server_name, &addresses)?);
+    let tls = serve::server_config(certificate.clone())?;
     let mut listeners = vec![];
     for address in &config.listen {
         listeners.push(
@@ -61,33 +67,42 @@ async fn main() -> anyhow::Result<()> {
         .await
         .with_context(|| format!("cannot listen on {}", config.admin))?;
 
-    let latest = cell::Sender::new(Latest::default());
     let (source, first) = version(&config.state_dir)?;
-    let (publish, world) = cell::channel(Arc::new(World {
-        number: first,
-        ..World::default()
-    }));
-    let (captures_changed, captures) = mpsc::channel(1);
+    let (publish, world) = cell::channel(Arc::new(World::at(first)));
+    let (reports, heard) = mpsc::channel(1024);
     let shared = Arc::new(Shared {
         settings: settings.clone(),
         world: world.clone(),
         source,
         tokens: Tokens::read(&config.node_tokens)?,
-        authority,
-        captures: parking_lot::Mutex::default(),
-        captures_changed,
+        authority: ArcSwap::from_pointee(authority),
+        limits: Limits::default(),
+        acks: Acks::default(),
+        reports,
     });
-    tokio::spawn(admin::serve(admin, latest.subscribe(), world.clone()));
-    let indexing = index_changes(
-        latest.subscribe(),
-        captures,
+    let health = cell::Sender::new(Health::default());
+    tokio::spawn(admin::serve(admin, health.subscribe(), world.clone()));
+    let (changed, changes) = mpsc::channel(16);
+    let indexing = Indexing {
+        index: Index::new(settings.clone(), first),
+        changes,
+        heard,
         publish,
-        shared.clone(),
-        config.state_dir.clone(),
-    );
-    tokio::spawn(indexing);
-    let check = move |objects: &watch::objects::Objects| index::check(objects, &settings);
-    let watching = watch_folder(config.config_dir.clone(), latest, check);
+        shared: shared.clone(),
+        state: config.state_dir.clone(),
+        stored: None,
+    };
+    tokio::spawn(indexing.run());
+    let check: Check = Arc::new(move |object| index::check(object, &settings));
+    let watching = watch_folder(config.config_dir.clone(), check, changed, health);
+
+    let rotating = rotation::Rotation {
+        config: config.clone(),
+        shared: shared.clone(),
+        certificate,
+        addresses,
+    };
+    tokio::spawn(rotating.run());
 
     // Nothing is served before the folder has been read whole once (settled D18).
     let serving = async {
@@ -108,12 +123,9 @@ async fn main() -> anyhow::Result<()> {
 }
 
 fn authority(config: &Config) -> anyhow::Result<Authority> {
-    let read = |path: &Path| fs::read_to_string(path).with_context(|| path.display().to_string());
-    let authority = match (&config.ca_cert, &config.ca_key, &config.ca_root) {
-        (Some(cert), Some(key), Some(root)) => {
-            Authority::from_pem(&read(cert)?, &read(key)?, &read(root)?, config.svid_ttl)?
-        }
-        _ => {
+    let authority = match rotation::files(config) {
+        Some(files) => rotation::read(&files, config)?,
+        None => {
             anyhow::ensure!(
                 config.profile != config::Profile::High,
                 "profile high does not start with a generated root; give --ca-cert, --ca-key and --ca-root"
@@ -159,37 +171,79 @@ fn version(state: &Path) -> anyhow::Result<(String, u64)> {
 /// Versions between two writes of the counter.
 const STEP: u64 = 1000;
 
-/// Builds and publishes a world after each change of objects or capture states.
-async fn index_changes(
-    mut latest: cell::Receiver<Latest>,
-    mut captures: mpsc::Receiver<()>,
+/// Takes what is new from folder and nodes, and publishes the world that follows.
+struct Indexing {
+    index: Index,
+    changes: mpsc::Receiver<Vec<Change>>,
+    heard: mpsc::Receiver<Report>,
     publish: cell::Sender<Arc<World>>,
     shared: Arc<Shared>,
     state: std::path::PathBuf,
-) {
-    let mut stored = None;
-    loop {
-        tokio::select! {
-            changed = latest.changed() => if changed.is_err() { return },
-            Some(()) = captures.recv() => {}
-        }
-        let objects = latest.borrow_and_update().objects.clone();
-        let states = shared.captures.lock().clone();
-        let before = publish.borrow().clone();
-        let world = index::build(&objects, &states, &shared.settings, &before);
-        if stored.is_none_or(|stored| world.number >= stored + STEP) {
-            let text = format!("{}/{}", shared.source, world.number);
-            if let Err(error) = authority::write_public(&state.join("version"), &text) {
-                tracing::error!(%error, "the version cannot be stored; a restart would count backwards");
-                continue;
+    /// The version counter's last stored value.
+    stored: Option<u64>,
+}
+
+impl Indexing {
+    async fn run(mut self) {
+        // Agents may report before the folder has been read, but nothing follows from that yet.
+        let Some(mut changes) = self.changes.recv().await else {
+            return;
+        };
+        let mut lowest = self.shared.acks.lowest();
+        loop {
+            while let Ok(more) = self.changes.try_recv() {
+                changes.extend(more);
             }
-            stored = Some(world.number);
+            let mut reports = vec![];
+            while let Ok(report) = self.heard.try_recv() {
+                reports.push(report);
+            }
+            let taken = *lowest.borrow_and_update();
+            let mut world = self.index.apply(&changes, reports, taken);
+            while let Some(new) = world {
+                if !self.publish(new) {
+                    return;
+                }
+                let waits = self.index.waits();
+                world = if waits {
+                    self.index.apply(&[], vec![], taken)
+                } else {
+                    None
+                };
+            }
+            changes = vec![];
+            tokio::select! {
+                more = self.changes.recv() => match more {
+                    Some(more) => changes = more,
+                    None => return,
+                },
+                Some(report) = self.heard.recv() => {
+                    if let Some(world) = self.index.apply(&[], vec![report], taken)
+                        && !self.publish(world)
+                    {
+                        return;
+                    }
+                }
+                Ok(()) = lowest.changed(), if self.index.waits() => {}
+            }
         }
-        tracing::info!(
+    }
+
+    /// Publishes, and keeps the stored counter ahead of what a restart must not count below.
+    fn publish(&mut self, world: Arc<World>) -> bool {
+        if self.stored.is_none_or(|stored| world.number >= stored + STEP) {
+            let text = format!("{}/{}", self.shared.source, world.number);
+            if let Err(error) = authority::write_public(&self.state.join("version"), &text) {
+                tracing::error!(%error, "the version cannot be stored, and a restart would count backwards: stopping");
+                std::process::exit(1);
+            }
+            self.stored = Some(world.number);
+        }
+        tracing::debug!(
             version = world.number,
-            pods = world.pods.len(),
+            pods = world.pod_count(),
             "configuration published"
         );
-        publish.send_replace(Arc::new(world));
+        self.publish.send(world).is_ok()
     }
 }

@@ -5,26 +5,30 @@
 //! ```
 //! Invariant: every call is a node's, and which node it is comes from its token alone (settled D17).
 
+pub mod acks;
 mod ads;
 mod ca;
 mod caller;
+pub mod limits;
 mod nodes;
 mod tls;
 
 pub use caller::Tokens;
-pub use tls::{incoming, server_config};
+pub use tls::{Certificate, incoming, server_config};
 
 use crate::{
     authority::Authority,
-    index::{Capture, Settings, World},
+    index::{Report, Settings, World},
 };
+use acks::Acks;
+use arc_swap::ArcSwap;
 use culvert_proto::{
     ca::istio_certificate_service_server::IstioCertificateServiceServer,
     discovery::aggregated_discovery_service_server::AggregatedDiscoveryServiceServer,
     node::node_service_server::NodeServiceServer,
 };
-use parking_lot::Mutex;
-use std::{collections::HashMap, sync::Arc};
+use limits::Limits;
+use std::sync::Arc;
 use tokio::sync::{mpsc, watch};
 use tonic::transport::server::Router;
 
@@ -35,10 +39,13 @@ pub struct Shared {
     /// Names this control plane in versions, so that nodes tell an older view from another source's.
     pub source: String,
     pub tokens: Tokens,
-    pub authority: Authority,
-    /// Capture states as agents report them, by pod uid; a change is told by `captures_changed`.
-    pub captures: Mutex<HashMap<String, Capture>>,
-    pub captures_changed: mpsc::Sender<()>,
+    /// Replaced while its roots rotate.
+    pub authority: ArcSwap<Authority>,
+    pub limits: Limits,
+    /// What every node has taken.
+    pub acks: Acks,
+    /// What agents say.
+    pub reports: mpsc::Sender<Report>,
 }
 
 /// Largest request that is read.
@@ -57,3 +64,6 @@ pub fn router(shared: &Arc<Shared>) -> Router {
         .add_service(ca.max_decoding_message_size(64 * 1024))
         .add_service(nodes.max_decoding_message_size(MAX_REQUEST))
 }
+
+#[cfg(test)]
+mod tests;

@@ -4,236 +4,112 @@
 //! is taken out of a DENY rule, which then denies more; what cannot be read is refused before it comes
 //! here ([`check`]).
 
-use super::{Builder, Settings, address};
-use crate::{
-    config::Profile,
-    watch::objects::{
-        Action, AuthorizationPolicy, Direction, Key, MtlsMode, Objects, Operation, PeerAuthentication, Rule,
-        Selector, Source, When,
-    },
+use super::{
+    Settings, address,
+    world::{About, INBOUND, OUTBOUND, Reach, Resource, Type},
+};
+use crate::watch::objects::{
+    Action, AuthorizationPolicy, Direction, Key, MtlsMode, Operation, PeerAuthentication, Rule, Source, When,
 };
 use culvert_proto::{
     mesh, security,
     security::{Clause, Match, ServiceAccountMatch, StringMatch, string_match::MatchType},
-    type_url,
 };
 use ipnet::IpNet;
-use std::{collections::BTreeMap, net::IpAddr};
+use prost::Message;
+use std::net::IpAddr;
 
-/// The label by which a namespace of profile low asks for its defaults to be enforced.
-const ENFORCE: &str = "culvert.dev/enforce";
-
-/// Which policies a workload names.
-pub struct Selected<'o> {
-    objects: &'o Objects,
-    settings: &'o Settings,
-}
-
-/// A workload, as selectors see it.
-#[derive(Clone, Copy)]
-pub struct Subject<'s> {
-    pub namespace: &'s str,
-    pub labels: &'s BTreeMap<String, String>,
-    pub enrolled: bool,
-}
-
-fn selects(selector: &Selector, labels: &BTreeMap<String, String>) -> bool {
-    selector
-        .match_labels
-        .iter()
-        .all(|(key, value)| labels.get(key) == Some(value))
-}
-
-impl Selected<'_> {
-    fn reaches(&self, key: &Key, selector: Option<&Selector>, subject: Subject<'_>) -> bool {
-        let in_scope = key.namespace == self.settings.root_namespace || key.namespace == subject.namespace;
-        in_scope && selector.is_none_or(|selector| selects(selector, subject.labels))
-    }
-
-    /// Names of the policies that select this workload, `namespace/name`.
-    pub fn inbound(&self, subject: Subject<'_>) -> Vec<String> {
-        let mut names = self.with_selector(subject, Direction::Inbound);
-        if !subject.enrolled {
-            return names;
-        }
-        let root = &self.settings.root_namespace;
-        let has_allow = self.objects.policies.iter().any(|(key, policy)| {
-            policy.spec.direction == Direction::Inbound
-                && policy.spec.action == Action::Allow
-                && self.reaches(key, policy.spec.selector.as_ref(), subject)
-        });
-        match self.mtls(subject) {
-            Effective::Default => names.push(format!("{root}/{}", self.default_name("strict", subject))),
-            Effective::Named(name) => names.push(name),
-            Effective::Permissive => {}
-        }
-        if !has_allow {
-            match self.settings.profile {
-                Profile::High => names.push(format!("{root}/profile-nothing")),
-                Profile::Low | Profile::Medium => {
-                    let name = self.default_name("own-namespace", subject);
-                    names.push(format!("{}/{name}", subject.namespace));
-                }
-            }
-        }
-        names
-    }
-
-    /// Names of the outbound policies that select this workload.
-    pub fn outbound(&self, subject: Subject<'_>) -> Vec<String> {
-        self.with_selector(subject, Direction::Outbound)
-    }
-
-    fn with_selector(&self, subject: Subject<'_>, direction: Direction) -> Vec<String> {
-        self.objects
-            .policies
-            .iter()
-            .filter(|(key, policy)| {
-                policy.spec.direction == direction
-                    && policy.spec.selector.is_some()
-                    && self.reaches(key, policy.spec.selector.as_ref(), subject)
-            })
-            .map(|(key, _)| format!("{}/{}", key.namespace, key.name))
-            .collect()
-    }
-
-    /// `profile-X`, or its dry-run twin while the profile only observes (settled D20).
-    fn default_name(&self, what: &str, subject: Subject<'_>) -> String {
-        let observes = self.settings.profile == Profile::Low && !self.enforces(subject.namespace);
-        if observes {
-            format!("profile-{what}-dry-run")
-        } else {
-            format!("profile-{what}")
-        }
-    }
-
-    fn enforces(&self, namespace: &str) -> bool {
-        let labelled = self.objects.namespaces.get(namespace).is_some_and(|one| {
-            one.metadata
-                .labels
-                .get(ENFORCE)
-                .is_some_and(|value| value == "true")
-        });
-        labelled || self.objects.policies.keys().any(|key| key.namespace == namespace)
-    }
-
-    /// The mTLS mode in force: the workload's own, then the namespace's, then the mesh's, then the
-    /// profile's.
-    fn mtls(&self, subject: Subject<'_>) -> Effective {
-        let candidates = || {
-            self.objects
-                .peer_authentications
-                .iter()
-                .filter(move |(key, one)| self.reaches(key, one.spec.selector.as_ref(), subject))
-        };
-        let own =
-            candidates().find(|(key, one)| one.spec.selector.is_some() && key.namespace == subject.namespace);
-        let namespace =
-            candidates().find(|(key, one)| one.spec.selector.is_none() && key.namespace == subject.namespace);
-        let mesh = candidates()
-            .find(|(key, one)| one.spec.selector.is_none() && key.namespace == self.settings.root_namespace);
-        if let Some((key, one)) = own
-            && !one.spec.port_level_mtls.is_empty()
-        {
-            // It has a policy of its own, made of both levels.
-            return Effective::Named(format!("{}/peer-{}", key.namespace, key.name));
-        }
-        let mode = [own, namespace, mesh]
-            .into_iter()
-            .flatten()
-            .map(|(_, one)| one.spec.mtls.mode)
-            .find(|mode| *mode != MtlsMode::Unset);
-        match mode {
-            None | Some(MtlsMode::Unset) => Effective::Default,
-            Some(MtlsMode::Strict) => {
-                Effective::Named(format!("{}/profile-strict", self.settings.root_namespace))
-            }
-            Some(MtlsMode::Permissive | MtlsMode::Disable) if self.settings.profile == Profile::High => {
-                Effective::Default
-            }
-            Some(MtlsMode::Permissive | MtlsMode::Disable) => Effective::Permissive,
-        }
-    }
-}
-
-enum Effective {
-    Default,
-    Permissive,
-    Named(String),
-}
-
-/// Adds every policy's resource.
-pub(super) fn build<'o>(
-    objects: &'o Objects,
-    settings: &'o Settings,
-    builder: &mut Builder<'_>,
-) -> Selected<'o> {
-    for (key, policy) in &objects.policies {
-        let name = format!("{}/{}", key.namespace, key.name);
-        // `check` has refused what cannot be converted.
-        match policy.spec.direction {
-            Direction::Inbound => {
-                if let Ok(message) = inbound(key, policy, settings) {
-                    builder.add(type_url::AUTHORIZATION, name, &message);
-                }
-            }
-            Direction::Outbound => {
-                if let Ok(message) = outbound(key, policy, settings) {
-                    builder.add(type_url::OUTBOUND_POLICY, name, &message);
-                }
-            }
-        }
-    }
-    for (key, one) in &objects.peer_authentications {
-        if !one.spec.port_level_mtls.is_empty() {
-            let message = port_level(key, one);
-            builder.add(
-                type_url::AUTHORIZATION,
-                format!("{}/{}", message.namespace, message.name),
-                &message,
-            );
-        }
-    }
-    defaults(objects, settings, builder);
-    Selected { objects, settings }
-}
-
-fn defaults(objects: &Objects, settings: &Settings, builder: &mut Builder<'_>) {
-    let mut add = |namespace: &str, name: &str, action, rules: Vec<security::Rule>| {
-        for (suffix, dry_run) in [("", false), ("-dry-run", true)] {
-            let name = format!("{name}{suffix}");
-            let message = security::Authorization {
-                name: name.clone(),
-                namespace: namespace.to_owned(),
-                scope: security::Scope::WorkloadSelector.into(),
-                action: i32::from(action),
-                rules: rules.clone(),
-                dry_run,
-                extensions: vec![],
-            };
-            builder.add(type_url::AUTHORIZATION, format!("{namespace}/{name}"), &message);
-        }
+/// A policy's type and resource.
+pub fn resource(
+    key: &Key,
+    policy: &AuthorizationPolicy,
+    settings: &Settings,
+) -> Result<(Type, Resource), String> {
+    let reach = match scope(key, policy, settings) {
+        security::Scope::WorkloadSelector => Reach::Workloads,
+        security::Scope::Namespace => Reach::Namespace,
+        security::Scope::Global => Reach::Mesh,
     };
+    Ok(match policy.spec.direction {
+        Direction::Inbound => (INBOUND, encode(key, &inbound(key, policy, settings)?, reach)),
+        Direction::Outbound => (OUTBOUND, encode(key, &outbound(key, policy, settings)?, reach)),
+    })
+}
+
+fn encode(key: &Key, message: &impl Message, reach: Reach) -> Resource {
+    let about = About::Policy {
+        namespace: key.namespace.as_str().into(),
+        reach,
+    };
+    Resource::new(key.to_string().into(), message.encode_to_vec(), about)
+}
+
+/// The resource of a PeerAuthentication with ports of its own; others need none.
+pub fn of_ports(key: &Key, one: &PeerAuthentication) -> Option<Resource> {
+    if one.spec.port_level_mtls.is_empty() {
+        return None;
+    }
+    Some(encode(&peer_key(key), &port_level(key, one), Reach::Workloads))
+}
+
+/// The name of that resource.
+pub fn peer_key(key: &Key) -> Key {
+    Key {
+        namespace: key.namespace.clone(),
+        name: format!("peer-{}", key.name),
+    }
+}
+
+/// The profile's defaults for the whole mesh.
+pub fn mesh_defaults(settings: &Settings) -> Vec<Resource> {
     let root = &settings.root_namespace;
-    add(
+    let strict = default(
         root,
         "profile-strict",
         security::Action::Deny,
         vec![rule(vec![plaintext()])],
     );
-    add(root, "profile-nothing", security::Action::Allow, vec![]);
-    for namespace in objects.namespaces.keys() {
-        let own = Match {
-            namespaces: vec![exact(namespace)],
-            ..Match::default()
+    let nothing = default(root, "profile-nothing", security::Action::Allow, vec![]);
+    strict.into_iter().chain(nothing).collect()
+}
+
+/// The profile's defaults for one namespace.
+pub fn namespace_defaults(namespace: &str) -> [Resource; 2] {
+    let own = Match {
+        namespaces: vec![exact(namespace)],
+        ..Match::default()
+    };
+    default(
+        namespace,
+        "profile-own-namespace",
+        security::Action::Allow,
+        vec![rule(vec![own])],
+    )
+}
+
+/// A default and its dry-run twin.
+fn default(
+    namespace: &str,
+    name: &str,
+    action: security::Action,
+    rules: Vec<security::Rule>,
+) -> [Resource; 2] {
+    [("", false), ("-dry-run", true)].map(|(suffix, dry_run)| {
+        let key = Key {
+            namespace: namespace.to_owned(),
+            name: format!("{name}{suffix}"),
         };
-        add(
-            namespace,
-            "profile-own-namespace",
-            security::Action::Allow,
-            vec![rule(vec![own])],
-        );
-    }
+        let message = security::Authorization {
+            name: key.name.clone(),
+            namespace: key.namespace.clone(),
+            scope: security::Scope::WorkloadSelector.into(),
+            action: action.into(),
+            rules: rules.clone(),
+            dry_run,
+            extensions: vec![],
+        };
+        encode(&key, &message, Reach::Workloads)
+    })
 }
 
 fn plaintext() -> Match {
@@ -282,7 +158,7 @@ fn port_level(key: &Key, one: &PeerAuthentication) -> security::Authorization {
     };
     let nothing = !strict && only.destination_ports.is_empty();
     security::Authorization {
-        name: format!("peer-{}", key.name),
+        name: peer_key(key).name,
         namespace: key.namespace.clone(),
         scope: security::Scope::WorkloadSelector.into(),
         action: security::Action::Deny.into(),
@@ -292,32 +168,32 @@ fn port_level(key: &Key, one: &PeerAuthentication) -> security::Authorization {
     }
 }
 
-/// Refuses objects that cannot be converted, by name and with the remedy.
-pub fn check(objects: &Objects, settings: &Settings) -> Result<(), String> {
-    for (key, policy) in &objects.policies {
-        let converted = match policy.spec.direction {
-            Direction::Inbound => inbound(key, policy, settings).map(|_| ()),
-            Direction::Outbound => outbound(key, policy, settings).map(|_| ()),
-        };
-        converted.map_err(|why| format!("AuthorizationPolicy {}/{}: {why}", key.namespace, key.name))?;
-        let reserved = ["profile-", "peer-"];
-        if reserved.iter().any(|prefix| key.name.starts_with(prefix)) {
-            return Err(format!(
-                "AuthorizationPolicy {}/{}: names that begin with profile- or peer- are the mesh's own; choose another",
-                key.namespace, key.name
-            ));
-        }
-    }
-    super::workloads::check(objects, settings)
+/// Refuses what cannot be converted, by name and with the remedy.
+pub fn check(key: &Key, policy: &AuthorizationPolicy, settings: &Settings) -> Result<(), String> {
+    reserved(key)?;
+    resource(key, policy, settings).map(|_| ())
 }
 
-fn scope(key: &Key, policy: &AuthorizationPolicy, settings: &Settings) -> i32 {
+/// Names that the mesh's own policies have.
+pub fn reserved(key: &Key) -> Result<(), String> {
+    let taken = ["profile-", "peer-"]
+        .iter()
+        .any(|prefix| key.name.starts_with(prefix));
+    if taken {
+        return Err(format!(
+            "metadata.name {:?}: names that begin with profile- or peer- are the mesh's own; choose another",
+            key.name
+        ));
+    }
+    Ok(())
+}
+
+fn scope(key: &Key, policy: &AuthorizationPolicy, settings: &Settings) -> security::Scope {
     match &policy.spec.selector {
         Some(_) => security::Scope::WorkloadSelector,
         None if key.namespace == settings.root_namespace => security::Scope::Global,
         None => security::Scope::Namespace,
     }
-    .into()
 }
 
 fn action(policy: &AuthorizationPolicy) -> i32 {
@@ -344,7 +220,7 @@ fn inbound(
     Ok(security::Authorization {
         name: key.name.clone(),
         namespace: key.namespace.clone(),
-        scope: scope(key, policy, settings),
+        scope: scope(key, policy, settings).into(),
         action: action(policy),
         rules,
         dry_run: policy.spec.dry_run,
@@ -505,7 +381,7 @@ fn outbound(
     Ok(mesh::OutboundPolicy {
         name: key.name.clone(),
         namespace: key.namespace.clone(),
-        scope: scope(key, policy, settings),
+        scope: scope(key, policy, settings).into(),
         action: action(policy),
         rules,
         dry_run: policy.spec.dry_run,

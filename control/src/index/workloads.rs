@@ -1,136 +1,91 @@
-//! Pods, workloads and services as `istio.workload` resources.
+//! Pods and declared workloads as `istio.workload` resources.
 //!
-//! Invariant: HBONE is published for what its agent reports as captured, and a pod whose capture is broken
-//! is published as unhealthy, never as plaintext (settled D11).
+//! Invariant: the protocol follows enrolment, never the state of capture: a pod whose capture is broken is
+//! published as unhealthy, never as plaintext (settled D11).
 
 use super::{
-    Builder, Capture, PodFacts, Settings, octets,
-    policies::{Selected, Subject},
+    CLUSTER, Place, Settings, extension, octets,
+    phase::{Capture, Phase},
+    selected::Selected,
+    status,
+    world::{About, PodFacts, Resource},
 };
-use crate::watch::objects::{
-    Container, ExternalService, Key, Objects, Pod, PortRef, Service, Workload as Declared,
+use crate::watch::{
+    claims::Claim,
+    objects::{Container, Key, Objects, Pod, PortRef, Workload as Declared},
 };
 use culvert_core::ids::SpiffeId;
-use culvert_proto::{mesh, type_url, workload as wire};
-use ipnet::IpNet;
+use culvert_proto::{mesh, workload as wire};
 use prost::Message;
-use std::{
-    collections::{BTreeMap, HashMap},
-    net::IpAddr,
-};
+use std::{collections::BTreeMap, net::IpAddr};
 
 const ENROL: &str = "culvert.dev/dataplane-mode";
 const EXCLUDE_INBOUND: &str = "culvert.dev/exclude-inbound-ports";
 const EXCLUDE_OUTBOUND: &str = "culvert.dev/exclude-outbound-ports";
 const EXCLUDE_CIDRS: &str = "culvert.dev/exclude-outbound-cidrs";
 const IDENTITY: &str = "culvert.dev/identity";
-const CLUSTER: &str = "Kubernetes";
 
-pub(super) fn build(
-    objects: &Objects,
-    captures: &HashMap<String, Capture>,
-    settings: &Settings,
-    selected: &Selected<'_>,
-    builder: &mut Builder<'_>,
-) {
-    for (key, service) in &objects.services {
-        if service.spec.r#type != "ExternalName" {
-            add_service(key, service, settings, builder);
-        }
+/// Refuses what cannot be converted; says what the pod holds for itself alone.
+pub fn check_pod(key: &Key, pod: &Pod, settings: &Settings) -> Result<Vec<Claim>, String> {
+    facts(key, pod, &Objects::default(), Phase::Out, settings)?;
+    let mut claims = vec![Claim::PodUid(pod.metadata.uid.clone())];
+    let ips = pod_ips(pod)?;
+    if !pod.spec.host_network && !finished(pod) {
+        claims.extend(ips.into_iter().map(Claim::Address));
     }
-    for (key, external) in &objects.externals {
-        add_external(key, external, builder);
-    }
-    for (key, pod) in &objects.pods {
-        let Ok(mut facts) = facts(key, pod, objects, settings) else {
-            continue;
-        };
-        let before = builder.before.pods.get(&facts.uid);
-        facts.born_outside = before.is_some_and(|before| !before.enrolled || before.born_outside);
-        if !finished(pod) {
-            let capture = captures.get(&facts.uid).copied().unwrap_or_default();
-            let message = of_pod(key, pod, &facts, capture, objects, settings, selected);
-            add_workload(message, builder);
-        }
-        builder.world.pods.insert(facts.uid.clone(), facts);
-    }
-    for (key, declared) in &objects.workloads {
-        if let Ok(message) = of_declared(key, declared, objects, settings, selected) {
-            add_workload(message, builder);
-        }
-    }
+    Ok(claims)
 }
 
-/// Refuses what cannot be converted.
-pub(super) fn check(objects: &Objects, settings: &Settings) -> Result<(), String> {
-    let mut holders: BTreeMap<IpAddr, String> = BTreeMap::new();
-    let mut hold = |ip: IpAddr, who: String| match holders.insert(ip, who.clone()) {
-        Some(other) if other != who => Err(format!("{who} and {other} both have address {ip}; one must go")),
-        _ => Ok(()),
+pub fn check_declared(key: &Key, declared: &Declared, settings: &Settings) -> Result<Vec<Claim>, String> {
+    let spec = &declared.spec;
+    identity(key, &spec.service_account, spec.identity.as_deref(), settings)
+        .map_err(|why| format!("spec.identity: {why}"))?;
+    if spec.addresses.is_empty() {
+        return Err("spec.addresses is empty; a workload has at least one".to_owned());
+    }
+    let claim = |text: &String| match text.parse() {
+        Ok(ip) => Ok(Claim::Address(ip)),
+        Err(_) => Err(format!("spec.addresses: {text:?} is no address")),
     };
-    let mut uids: BTreeMap<&str, &Key> = BTreeMap::new();
-    for (key, pod) in &objects.pods {
-        let who = format!("Pod {}/{}", key.namespace, key.name);
-        facts(key, pod, objects, settings).map_err(|why| format!("{who}: {why}"))?;
-        if let Some(other) = uids.insert(&pod.metadata.uid, key) {
-            return Err(format!(
-                "{who} has the uid of Pod {}/{}",
-                other.namespace, other.name
-            ));
-        }
-        if !pod.spec.host_network && !finished(pod) {
-            for ip in pod_ips(pod).map_err(|why| format!("{who}: {why}"))? {
-                hold(ip, who.clone())?;
-            }
-        }
-    }
-    for (key, declared) in &objects.workloads {
-        let who = format!("Workload {}/{}", key.namespace, key.name);
-        identity(
-            key,
-            &declared.spec.service_account,
-            declared.spec.identity.as_deref(),
-            settings,
-        )
-        .map_err(|why| format!("{who}: {why}"))?;
-        for text in &declared.spec.addresses {
-            let ip = text
-                .parse()
-                .map_err(|_| format!("{who}: spec.addresses: {text:?} is no address"))?;
-            hold(ip, who.clone())?;
-        }
-    }
-    for (key, service) in &objects.services {
-        let who = format!("Service {}/{}", key.namespace, key.name);
-        for ip in vips(service).map_err(|why| format!("{who}: {why}"))? {
-            hold(ip, who.clone())?;
-        }
-    }
-    for (key, external) in &objects.externals {
-        ranges(external).map_err(|why| format!("ExternalService {}/{}: {why}", key.namespace, key.name))?;
-    }
-    Ok(())
+    spec.addresses.iter().map(claim).collect()
 }
 
-/// Whether the pod takes part: its own label, else its namespace's.
-fn enrolled(pod: &Pod, objects: &Objects) -> bool {
+/// Whether the pod shall take part: its own label, else its namespace's.
+pub fn wanted(pod: &Pod, objects: &Objects) -> bool {
     let own = pod.metadata.labels.get(ENROL);
-    let namespace = objects
-        .namespaces
-        .get(&pod.metadata.namespace)
-        .and_then(|one| one.metadata.labels.get(ENROL));
-    !pod.spec.host_network && own.or(namespace).is_some_and(|mode| mode == "ambient")
+    let asked = match own {
+        Some(mode) => mode == "ambient",
+        None => namespace_takes_part(objects, &pod.metadata.namespace),
+    };
+    asked && !pod.spec.host_network && !finished(pod)
 }
 
 fn namespace_takes_part(objects: &Objects, namespace: &str) -> bool {
-    let labels = objects.namespaces.get(namespace).map(|one| &one.metadata.labels);
+    let key = Key {
+        namespace: String::new(),
+        name: namespace.to_owned(),
+    };
+    let labels = objects.namespaces.get(&key).map(|one| &one.metadata.labels);
     labels
         .and_then(|labels| labels.get(ENROL))
         .is_some_and(|mode| mode == "ambient")
 }
 
-fn finished(pod: &Pod) -> bool {
+pub fn finished(pod: &Pod) -> bool {
     matches!(pod.status.phase.as_str(), "Succeeded" | "Failed")
+}
+
+/// The addresses by which others may know the pod.
+pub fn own_addresses(pod: &Pod) -> Vec<IpAddr> {
+    if pod.spec.host_network || finished(pod) {
+        return vec![];
+    }
+    pod_ips(pod).unwrap_or_default()
+}
+
+pub fn declared_addresses(declared: &Declared) -> Vec<IpAddr> {
+    let texts = declared.spec.addresses.iter();
+    texts.filter_map(|text| text.parse().ok()).collect()
 }
 
 fn or<'t>(text: &'t str, default: &'t str) -> &'t str {
@@ -139,19 +94,32 @@ fn or<'t>(text: &'t str, default: &'t str) -> &'t str {
 
 fn identity(key: &Key, account: &str, asked: Option<&str>, settings: &Settings) -> Result<SpiffeId, String> {
     let id = match asked {
-        Some(id) => id.parse::<SpiffeId>().map_err(|error| error.to_string())?,
+        Some(id) => id
+            .parse::<SpiffeId>()
+            .map_err(|error| format!("{id:?} is no SPIFFE ID: {error}"))?,
         None => SpiffeId::from_template(&settings.trust_domain, &key.namespace, or(account, "default"))
             .map_err(|error| error.to_string())?,
     };
     if id.trust_domain() != settings.trust_domain.as_str() {
-        return Err(format!("{id} is not of trust domain {}", settings.trust_domain));
+        return Err(format!(
+            "{:?} is not of trust domain {}, whose identities alone are issued here",
+            id.as_str(),
+            settings.trust_domain
+        ));
     }
     Ok(id)
 }
 
-fn facts(key: &Key, pod: &Pod, objects: &Objects, settings: &Settings) -> Result<PodFacts, String> {
+/// What agents and the CA need of a pod.
+pub fn facts(
+    key: &Key,
+    pod: &Pod,
+    objects: &Objects,
+    phase: Phase,
+    settings: &Settings,
+) -> Result<PodFacts, String> {
     if pod.metadata.uid.is_empty() {
-        return Err("metadata.uid is missing".to_owned());
+        return Err("metadata.uid is missing; the node's agent knows the pod by it".to_owned());
     }
     let account = or(&pod.spec.service_account_name, "default").to_owned();
     let annotation = |name: &str| pod.metadata.annotations.get(name).map(String::as_str);
@@ -159,12 +127,13 @@ fn facts(key: &Key, pod: &Pod, objects: &Objects, settings: &Settings) -> Result
         uid: pod.metadata.uid.clone(),
         namespace: key.namespace.clone(),
         name: key.name.clone(),
-        identity: identity(key, &account, annotation(IDENTITY), settings)?,
+        identity: identity(key, &account, annotation(IDENTITY), settings)
+            .map_err(|why| format!("metadata.annotations: {IDENTITY}: {why}"))?,
         service_account: account,
         node: pod.spec.node_name.clone(),
         workload_uid: uid(key),
-        enrolled: enrolled(pod, objects) && !finished(pod),
-        born_outside: false,
+        enrolled: phase.captures(),
+        refuse_plaintext: phase.refuses_plaintext(),
         namespace_apart: !namespace_takes_part(objects, &key.namespace),
         probe_ports: probe_ports(pod),
         exclude_inbound_ports: list(EXCLUDE_INBOUND, annotation(EXCLUDE_INBOUND))?,
@@ -186,7 +155,7 @@ fn list<T: std::str::FromStr>(name: &str, value: Option<&str>) -> Result<Vec<T>,
         .collect()
 }
 
-fn uid(key: &Key) -> String {
+pub fn uid(key: &Key) -> String {
     format!("{CLUSTER}//Pod/{}/{}", key.namespace, key.name)
 }
 
@@ -213,7 +182,7 @@ fn probe_ports(pod: &Pod) -> Vec<u16> {
     ports
 }
 
-fn named_port(containers: &[Container], name: &str) -> Option<u16> {
+pub fn named_port(containers: &[Container], name: &str) -> Option<u16> {
     containers
         .iter()
         .flat_map(|container| &container.ports)
@@ -243,23 +212,25 @@ fn ready(pod: &Pod) -> bool {
         .any(|one| one.r#type == "Ready" && one.status == "True")
 }
 
-fn of_pod(
+/// What of the mesh a workload's resource needs beside its own object.
+pub struct Surroundings {
+    pub selected: Selected,
+    pub services: BTreeMap<String, wire::PortList>,
+    pub place: Place,
+}
+
+/// A pod's resource.
+pub fn of_pod(
     key: &Key,
     pod: &Pod,
     facts: &PodFacts,
-    capture: Capture,
-    objects: &Objects,
+    (phase, capture): (Phase, Capture),
+    around: Surroundings,
     settings: &Settings,
-    selected: &Selected<'_>,
-) -> wire::Workload {
-    let joining = facts.born_outside && capture == Capture::None;
-    let hbone = facts.enrolled && !joining;
-    let subject = Subject {
-        namespace: &key.namespace,
-        labels: &pod.metadata.labels,
-        enrolled: hbone,
-    };
-    let healthy = ready(pod) && (!hbone || capture == Capture::Captured);
+) -> Resource {
+    let hbone = phase.speaks_hbone();
+    let captured = matches!(capture, Capture::Captured | Capture::Unknown);
+    let healthy = ready(pod) && (!hbone || captured);
     let options = mesh::WorkloadOptions {
         spiffe_id: own_identity(
             &facts.identity,
@@ -267,10 +238,10 @@ fn of_pod(
             &facts.service_account,
             settings,
         ),
-        terminating: pod.metadata.deletion_timestamp.is_some(),
+        terminating: healthy && pod.metadata.deletion_timestamp.is_some(),
         hostname: pod.spec.hostname.clone(),
         plaintext_refused: false,
-        outbound_policies: selected.outbound(subject),
+        outbound_policies: around.selected.outbound.clone(),
     };
     let labels = &pod.metadata.labels;
     let label = |names: [&str; 2]| {
@@ -280,7 +251,7 @@ fn of_pod(
             .cloned()
             .unwrap_or_default()
     };
-    wire::Workload {
+    let message = wire::Workload {
         uid: facts.workload_uid.clone(),
         name: key.name.clone(),
         namespace: key.namespace.clone(),
@@ -293,10 +264,11 @@ fn of_pod(
         canonical_revision: or(&label(["app.kubernetes.io/version", "version"]), "latest").to_owned(),
         workload_type: wire::WorkloadType::Pod.into(),
         workload_name: key.name.clone(),
-        services: services_of(objects, settings, &key.namespace, labels, &pod.spec.containers),
-        authorization_policies: selected.inbound(subject),
+        services: around.services,
+        authorization_policies: around.selected.inbound,
         status: status(healthy),
         cluster_id: CLUSTER.to_owned(),
+        locality: around.place.message(),
         network_mode: if pod.spec.host_network {
             wire::NetworkMode::HostNetwork.into()
         } else {
@@ -308,7 +280,42 @@ fn of_pod(
             &options,
         ),
         ..wire::Workload::default()
-    }
+    };
+    resource(message, around.selected.outbound)
+}
+
+/// Encodes a workload that names these outbound policies.
+fn resource(message: wire::Workload, outbound: Vec<String>) -> Resource {
+    let host_network = message.network_mode == i32::from(wire::NetworkMode::HostNetwork);
+    let aliases = if host_network {
+        [].into()
+    } else {
+        let all = message.addresses.iter();
+        all.filter_map(|bytes| alias(&message.network, bytes).map(Into::into))
+            .collect()
+    };
+    let names = |texts: &mut dyn Iterator<Item = &String>| texts.map(|text| text.as_str().into()).collect();
+    let about = About::Workload {
+        node: message.node.as_str().into(),
+        namespace: message.namespace.as_str().into(),
+        aliases,
+        services: names(&mut message.services.keys()),
+        policies: names(&mut message.authorization_policies.iter().chain(&outbound)),
+    };
+    let name = message.uid.as_str().into();
+    let message = wire::Address {
+        r#type: Some(wire::address::Type::Workload(message)),
+    };
+    Resource::new(name, message.encode_to_vec(), about)
+}
+
+fn alias(network: &str, bytes: &[u8]) -> Option<String> {
+    let ip = match bytes.len() {
+        4 => IpAddr::from(<[u8; 4]>::try_from(bytes).ok()?),
+        16 => IpAddr::from(<[u8; 16]>::try_from(bytes).ok()?),
+        _ => return None,
+    };
+    Some(format!("{network}/{ip}"))
 }
 
 fn addresses(ips: Vec<IpAddr>) -> Vec<bytes::Bytes> {
@@ -324,15 +331,6 @@ fn protocol(hbone: bool) -> i32 {
     .into()
 }
 
-fn status(healthy: bool) -> i32 {
-    if healthy {
-        wire::WorkloadStatus::Healthy
-    } else {
-        wire::WorkloadStatus::Unhealthy
-    }
-    .into()
-}
-
 /// The full ID, if it is not what the template gives.
 fn own_identity(id: &SpiffeId, namespace: &str, account: &str, settings: &Settings) -> String {
     let template = SpiffeId::from_template(&settings.trust_domain, namespace, account);
@@ -343,355 +341,55 @@ fn own_identity(id: &SpiffeId, namespace: &str, account: &str, settings: &Settin
     }
 }
 
-fn extension(name: &str, kind: &str, options: &impl Message) -> Vec<wire::Extension> {
-    let value = options.encode_to_vec();
-    if value.is_empty() {
-        return vec![];
-    }
-    let config = prost_types::Any {
-        type_url: format!("type.googleapis.com/{kind}"),
-        value,
-    };
-    vec![wire::Extension {
-        name: name.to_owned(),
-        config: Some(config),
+pub fn declared_uid(key: &Key) -> String {
+    format!("{CLUSTER}/culvert.dev/Workload/{}/{}", key.namespace, key.name)
+}
+
+/// The ports of a declared workload, as a container's.
+pub fn declared_ports(declared: &Declared) -> [Container; 1] {
+    [Container {
+        ports: declared.spec.ports.clone(),
+        ..Container::default()
     }]
 }
 
-fn of_declared(
+/// A declared workload's resource.
+pub fn of_declared(
     key: &Key,
     declared: &Declared,
-    objects: &Objects,
+    around: Surroundings,
     settings: &Settings,
-    selected: &Selected<'_>,
-) -> Result<wire::Workload, String> {
+) -> Result<Resource, String> {
     let spec = &declared.spec;
     let account = or(&spec.service_account, "default");
     let id = identity(key, account, spec.identity.as_deref(), settings)?;
-    let labels = &declared.metadata.labels;
-    let subject = Subject {
-        namespace: &key.namespace,
-        labels,
-        enrolled: spec.hbone,
-    };
-    let containers = [Container {
-        ports: spec.ports.clone(),
-        ..Container::default()
-    }];
     let options = mesh::WorkloadOptions {
         spiffe_id: own_identity(&id, &key.namespace, account, settings),
-        outbound_policies: selected.outbound(subject),
+        outbound_policies: around.selected.outbound.clone(),
         ..mesh::WorkloadOptions::default()
     };
-    let ips = spec
-        .addresses
-        .iter()
-        .filter_map(|text| text.parse().ok())
-        .collect();
-    Ok(wire::Workload {
-        uid: format!("{CLUSTER}/culvert.dev/Workload/{}/{}", key.namespace, key.name),
+    let message = wire::Workload {
+        uid: declared_uid(key),
         name: key.name.clone(),
         namespace: key.namespace.clone(),
-        addresses: addresses(ips),
+        addresses: addresses(declared_addresses(declared)),
         tunnel_protocol: protocol(spec.hbone),
         trust_domain: settings.trust_domain.to_string(),
         service_account: account.to_owned(),
         node: spec.node.clone(),
         canonical_name: key.name.clone(),
         workload_name: key.name.clone(),
-        services: services_of(objects, settings, &key.namespace, labels, &containers),
-        authorization_policies: selected.inbound(subject),
+        services: around.services,
+        authorization_policies: around.selected.inbound,
         status: status(true),
         cluster_id: CLUSTER.to_owned(),
+        locality: around.place.message(),
         extensions: extension(
             "culvert.dev/workload",
             "culvert.mesh.v1.WorkloadOptions",
             &options,
         ),
         ..wire::Workload::default()
-    })
-}
-
-fn hostname(key: &Key, settings: &Settings) -> String {
-    format!("{}.{}.svc.{}", key.name, key.namespace, settings.cluster_domain)
-}
-
-/// The services that select these labels, with the ports that the workload serves them on.
-fn services_of(
-    objects: &Objects,
-    settings: &Settings,
-    namespace: &str,
-    labels: &BTreeMap<String, String>,
-    containers: &[Container],
-) -> BTreeMap<String, wire::PortList> {
-    let from = Key {
-        namespace: namespace.to_owned(),
-        name: String::new(),
     };
-    objects
-        .services
-        .range(from..)
-        .take_while(|(key, _)| key.namespace == namespace)
-        .filter(|(_, service)| !service.spec.selector.is_empty() && service.spec.r#type != "ExternalName")
-        .filter(|(_, service)| {
-            service
-                .spec
-                .selector
-                .iter()
-                .all(|(name, value)| labels.get(name) == Some(value))
-        })
-        .map(|(key, service)| {
-            let ports = service
-                .spec
-                .ports
-                .iter()
-                .filter(|port| matches!(port.protocol.as_str(), "" | "TCP"))
-                .filter_map(|port| {
-                    let target = match &port.target_port {
-                        None => Some(port.port),
-                        Some(PortRef::Number(number)) => Some(*number),
-                        Some(PortRef::Name(name)) => named_port(containers, name),
-                    }?;
-                    Some(wire::Port {
-                        service_port: port.port.into(),
-                        target_port: target.into(),
-                        app_protocol: 0,
-                    })
-                })
-                .collect();
-            (
-                format!("{}/{}", key.namespace, hostname(key, settings)),
-                wire::PortList { ports },
-            )
-        })
-        .collect()
-}
-
-fn add_workload(message: wire::Workload, builder: &mut Builder<'_>) {
-    let name = message.uid.clone();
-    for service in message.services.keys() {
-        builder
-            .world
-            .endpoints
-            .entry(service.clone())
-            .or_default()
-            .push(name.clone());
-    }
-    let host_network = message.network_mode == i32::from(wire::NetworkMode::HostNetwork);
-    let aliases = if host_network {
-        vec![]
-    } else {
-        message
-            .addresses
-            .iter()
-            .filter_map(|bytes| alias(&message.network, bytes))
-            .collect()
-    };
-    let node = message.node.clone();
-    let message = wire::Address {
-        r#type: Some(wire::address::Type::Workload(message)),
-    };
-    builder.add_with(type_url::ADDRESS, name, &message, |resource| {
-        resource.aliases = aliases;
-        resource.node = node;
-    });
-}
-
-fn alias(network: &str, bytes: &[u8]) -> Option<String> {
-    let ip = match bytes.len() {
-        4 => IpAddr::from(<[u8; 4]>::try_from(bytes).ok()?),
-        16 => IpAddr::from(<[u8; 16]>::try_from(bytes).ok()?),
-        _ => return None,
-    };
-    Some(format!("{network}/{ip}"))
-}
-
-fn vips(service: &Service) -> Result<Vec<IpAddr>, String> {
-    let spec = &service.spec;
-    let mut ips = vec![];
-    for text in spec.cluster_ips.iter().chain([&spec.cluster_ip]) {
-        if text.is_empty() || text == "None" {
-            continue;
-        }
-        let ip = text
-            .parse()
-            .map_err(|_| format!("spec.clusterIPs: {text:?} is no address"))?;
-        if !ips.contains(&ip) {
-            ips.push(ip);
-        }
-    }
-    Ok(ips)
-}
-
-fn add_service(key: &Key, service: &Service, settings: &Settings, builder: &mut Builder<'_>) {
-    let spec = &service.spec;
-    let vips = vips(service).unwrap_or_default();
-    let hostname = hostname(key, settings);
-    let name = format!("{}/{hostname}", key.namespace);
-    let affinity = (spec.session_affinity == "ClientIP").then(|| {
-        let configured = spec
-            .session_affinity_config
-            .as_ref()
-            .and_then(|one| one.client_ip.as_ref());
-        configured.and_then(|one| one.timeout_seconds).unwrap_or(10_800)
-    });
-    let options = mesh::ServiceOptions {
-        client_ip_affinity_seconds: affinity.unwrap_or_default(),
-        use_terminating: true,
-        port_names: spec
-            .ports
-            .iter()
-            .filter(|port| !port.name.is_empty() && matches!(port.protocol.as_str(), "" | "TCP"))
-            .map(|port| mesh::PortName {
-                service_port: port.port.into(),
-                name: port.name.clone(),
-            })
-            .collect(),
-    };
-    let message = wire::Service {
-        name: key.name.clone(),
-        namespace: key.namespace.clone(),
-        hostname,
-        addresses: vips
-            .iter()
-            .map(|ip| wire::NetworkAddress {
-                network: String::new(),
-                address: octets(*ip),
-                length: None,
-            })
-            .collect(),
-        ports: spec
-            .ports
-            .iter()
-            .filter(|port| matches!(port.protocol.as_str(), "" | "TCP"))
-            .map(|port| wire::Port {
-                service_port: port.port.into(),
-                target_port: match &port.target_port {
-                    None => port.port.into(),
-                    Some(PortRef::Number(number)) => (*number).into(),
-                    Some(PortRef::Name(_)) => 0,
-                },
-                app_protocol: 0,
-            })
-            .collect(),
-        load_balancing: Some(balancing(service)),
-        canonical: true,
-        extensions: extension("culvert.dev/service", "culvert.mesh.v1.ServiceOptions", &options),
-        ..wire::Service::default()
-    };
-    let aliases = vips.iter().map(|ip| format!("/{ip}")).collect();
-    let message = wire::Address {
-        r#type: Some(wire::address::Type::Service(message)),
-    };
-    builder.add_with(type_url::ADDRESS, name, &message, |resource| {
-        resource.aliases = aliases
-    });
-}
-
-fn balancing(service: &Service) -> wire::LoadBalancing {
-    use wire::load_balancing::{HealthPolicy, Mode, Scope};
-    let spec = &service.spec;
-    let (mode, preference): (Mode, &[Scope]) = if spec.internal_traffic_policy == "Local" {
-        (Mode::Strict, &[Scope::Node])
-    } else {
-        match spec.traffic_distribution.as_str() {
-            "PreferClose" | "PreferSameZone" => {
-                (Mode::Failover, &[Scope::Network, Scope::Region, Scope::Zone])
-            }
-            "PreferSameNode" => (
-                Mode::Failover,
-                &[
-                    Scope::Network,
-                    Scope::Region,
-                    Scope::Zone,
-                    Scope::Subzone,
-                    Scope::Node,
-                ],
-            ),
-            _ => (Mode::UnspecifiedMode, &[]),
-        }
-    };
-    let health = if spec.publish_not_ready_addresses {
-        HealthPolicy::AllowAll
-    } else {
-        HealthPolicy::OnlyHealthy
-    };
-    wire::LoadBalancing {
-        routing_preference: preference.iter().map(|scope| (*scope).into()).collect(),
-        mode: mode.into(),
-        health_policy: health.into(),
-    }
-}
-
-fn ranges(external: &ExternalService) -> Result<Vec<IpNet>, String> {
-    let spec = &external.spec;
-    if spec.hosts.is_empty() && spec.cidrs.is_empty() {
-        return Err("spec has neither hosts nor cidrs".to_owned());
-    }
-    if spec.ports.is_empty() || spec.ports.contains(&0) {
-        return Err("spec.ports must name at least one port from 1 to 65535".to_owned());
-    }
-    spec.cidrs
-        .iter()
-        .map(|text| {
-            let net = text
-                .parse::<IpNet>()
-                .or_else(|_| text.parse::<IpAddr>().map(IpNet::from));
-            net.map(|net| net.trunc())
-                .map_err(|_| format!("spec.cidrs: {text:?} is no address or CIDR"))
-        })
-        .collect()
-}
-
-fn add_external(key: &Key, external: &ExternalService, builder: &mut Builder<'_>) {
-    let ranges = ranges(external).unwrap_or_default();
-    let hostname = external
-        .spec
-        .hosts
-        .first()
-        .cloned()
-        .unwrap_or_else(|| key.name.clone());
-    let name = format!("{}/{hostname}", key.namespace);
-    let options = mesh::ExternalOptions {
-        hosts: external.spec.hosts.clone(),
-        ..mesh::ExternalOptions::default()
-    };
-    let config = prost_types::Any {
-        type_url: "type.googleapis.com/culvert.mesh.v1.ExternalOptions".to_owned(),
-        value: options.encode_to_vec(),
-    };
-    let message = wire::Service {
-        name: key.name.clone(),
-        namespace: key.namespace.clone(),
-        hostname,
-        addresses: ranges
-            .iter()
-            .map(|net| wire::NetworkAddress {
-                network: String::new(),
-                address: octets(net.network()),
-                length: Some(net.prefix_len().into()),
-            })
-            .collect(),
-        ports: external
-            .spec
-            .ports
-            .iter()
-            .map(|port| wire::Port {
-                service_port: (*port).into(),
-                target_port: (*port).into(),
-                app_protocol: 0,
-            })
-            .collect(),
-        extensions: vec![wire::Extension {
-            name: "culvert.dev/external".to_owned(),
-            config: Some(config),
-        }],
-        ..wire::Service::default()
-    };
-    let message = wire::Address {
-        r#type: Some(wire::address::Type::Service(message)),
-    };
-    builder.add_with(type_url::ADDRESS, name, &message, |resource| {
-        resource.is_range = true
-    });
+    Ok(resource(message, around.selected.outbound))
 }

@@ -1,6 +1,6 @@
 //! The certificate service.
 
-use super::Shared;
+use super::{Shared, limits::Budget};
 use crate::authority::SignError;
 use culvert_core::ids::SpiffeId;
 use culvert_proto::ca::{
@@ -30,6 +30,7 @@ impl IstioCertificateService for Ca {
         request: Request<IstioCertificateRequest>,
     ) -> Result<Response<IstioCertificateResponse>, Status> {
         let node = self.0.tokens.node(&request)?;
+        self.0.limits.spend(&node, Budget::Certificates, 1)?;
         let request = request.into_inner();
         let asked = impersonated(&request).unwrap_or_default();
         match self.issue(&node, &asked, &request) {
@@ -67,7 +68,7 @@ impl Ca {
         let id = self.granted(node, asked).ok_or(Refusal::NotOnNode)?;
         let life = u64::try_from(request.validity_duration).unwrap_or_default();
         let life = Duration::from_secs(if life == 0 { u64::MAX } else { life });
-        Ok(self.0.authority.sign(&id, &request.csr, life)?)
+        Ok(self.0.authority.load().sign(&id, &request.csr, life)?)
     }
 
     /// The asked identity, if a pod on the node has it: the set is computed from pods, and the asked text
@@ -75,9 +76,8 @@ impl Ca {
     fn granted(&self, node: &str, asked: &str) -> Option<SpiffeId> {
         let world = self.0.world.borrow();
         world
-            .pods
-            .values()
-            .find(|pod| pod.node == node && pod.enrolled && pod.identity.as_str() == asked)
+            .pods_on(node)
+            .find(|pod| pod.enrolled && pod.identity.as_str() == asked)
             .map(|pod| pod.identity.clone())
     }
 }

@@ -1,5 +1,6 @@
 //! Which node calls.
 
+use super::tls::Peer;
 use anyhow::Context;
 use sha2::{Digest, Sha256};
 use std::{collections::BTreeMap, path::Path};
@@ -46,10 +47,18 @@ impl Tokens {
             .unwrap_or_default();
         let digest: [u8; 32] = Sha256::digest(token).into();
         match self.0.iter().find(|(known, _)| *known == digest) {
-            Some((_, node)) => Ok(node.clone()),
+            Some((_, node)) => {
+                if let Some(peer) = request.extensions().get::<Peer>() {
+                    peer.prove();
+                }
+                Ok(node.clone())
+            }
             None => {
-                let peer = request.remote_addr().map(|peer| peer.to_string());
-                tracing::warn!(peer, "call without a valid node token refused");
+                let peer = request
+                    .extensions()
+                    .get::<Peer>()
+                    .map(|peer| peer.address.to_string());
+                tracing::warn!(target: "audit", peer, "call without a valid node token refused");
                 Err(Status::unauthenticated("not authenticated"))
             }
         }

@@ -1,8 +1,9 @@
 //! Orders for nodes' agents: which pods take part and how, and what the agents report of them.
 
 use super::Shared;
+use super::limits::Budget;
 use crate::config::Profile;
-use crate::index::{Capture, PodFacts, World, grace_seconds, octets};
+use crate::index::{Capture, PodFacts, Report, World, grace_seconds, octets};
 use culvert_proto::node::{
     CaptureState, Cidr, Exclusions, NodeOrder, NodeReport, NodeSettings, PodOrder, PodSeen, Synced,
     node_order, node_report, node_service_server::NodeService,
@@ -29,6 +30,7 @@ impl NodeService for Nodes {
         request: Request<Streaming<NodeReport>>,
     ) -> Result<Response<Self::AttendStream>, Status> {
         let node = self.0.tokens.node(&request)?;
+        self.0.limits.spend(&node, Budget::Streams, 1)?;
         let (orders, out) = mpsc::channel(256);
         let attendance = Attendance {
             node,
@@ -36,6 +38,7 @@ impl NodeService for Nodes {
             orders,
             seen: BTreeSet::new(),
             ordered: BTreeMap::new(),
+            number: 0,
         };
         tokio::spawn(attendance.run(request.into_inner()));
         Ok(Response::new(Box::pin(ReceiverStream::new(out))))
@@ -51,6 +54,8 @@ struct Attendance {
     seen: BTreeSet<String>,
     /// The last order of each.
     ordered: BTreeMap<String, PodOrder>,
+    /// The world that orders were made from.
+    number: u64,
 }
 
 /// The agent has closed its stream.
@@ -71,7 +76,7 @@ impl Attendance {
                     Ok(None) | Err(_) => Err(Closed),
                 },
                 changed = world.changed() => match changed {
-                    Ok(()) => self.order_all().await,
+                    Ok(()) => self.order_changed().await,
                     Err(_) => Err(Closed),
                 },
             };
@@ -108,21 +113,26 @@ impl Attendance {
                     pods = hello.pods.len(),
                     "agent has come"
                 );
+                let uids: Vec<String> = hello.pods.iter().map(|pod| pod.uid.clone()).collect();
                 for pod in hello.pods {
                     self.see(pod);
                 }
+                let node = self.node.clone();
+                self.report(Report::Hello { node, uids }).await?;
                 self.order_all().await?;
                 self.send(node_order::Order::Synced(Synced {})).await
             }
             node_report::Report::Seen(pod) => {
+                let uid = pod.uid.clone();
                 self.see(pod);
-                self.order_all().await
+                let world = self.shared.world.borrow().clone();
+                self.order(&world, &uid).await
             }
             node_report::Report::Gone(gone) => {
                 self.seen.remove(&gone.uid);
                 self.ordered.remove(&gone.uid);
-                self.capture(&gone.uid, Capture::None);
-                Ok(())
+                let node = self.node.clone();
+                self.report(Report::Gone { node, uid: gone.uid }).await
             }
             node_report::Report::State(state) => {
                 let capture = match CaptureState::try_from(state.capture) {
@@ -138,8 +148,8 @@ impl Attendance {
                         "capture is not as ordered"
                     );
                 }
-                self.capture(&state.uid, capture);
-                Ok(())
+                let (node, uid) = (self.node.clone(), state.uid);
+                self.report(Report::State { node, uid, capture }).await
             }
         }
     }
@@ -148,59 +158,59 @@ impl Attendance {
         self.seen.insert(pod.uid);
     }
 
-    /// Takes an agent's word for pods of its own node alone.
-    fn capture(&self, uid: &str, capture: Capture) {
-        if self
-            .shared
-            .world
-            .borrow()
-            .pods
-            .get(uid)
-            .is_some_and(|pod| pod.node != self.node)
+    /// Passes an agent's word on, for pods of its own node alone.
+    async fn report(&self, report: Report) -> Result<(), Closed> {
+        if let Report::State { uid, .. } | Report::Gone { uid, .. } = &report
+            && let Some(pod) = self.shared.world.borrow().pod(uid)
+            && pod.node != self.node
         {
             tracing::warn!(target: "audit", node = self.node, pod = uid, "report about another node's pod ignored");
-            return;
+            return Ok(());
         }
-        let changed = {
-            let mut captures = self.shared.captures.lock();
-            match capture {
-                Capture::None => captures.remove(uid).is_some(),
-                capture => captures.insert(uid.to_owned(), capture) != Some(capture),
-            }
-        };
-        if changed {
-            // One waiting notification says all.
-            let _ = self.shared.captures_changed.try_send(());
-        }
+        self.shared.reports.send(report).await.map_err(|_| Closed)
     }
 
-    /// Sends what has changed since the last order of each pod seen.
+    /// Sends orders for what has changed since the last world looked at.
+    async fn order_changed(&mut self) -> Result<(), Closed> {
+        let world: Arc<World> = self.shared.world.borrow().clone();
+        let Some(steps) = world.since(self.number) else {
+            return self.order_all().await;
+        };
+        let changed: BTreeSet<&str> = steps.flat_map(|step| step.pods()).map(AsRef::as_ref).collect();
+        for uid in changed {
+            self.order(&world, uid).await?;
+        }
+        self.number = world.number;
+        Ok(())
+    }
+
     async fn order_all(&mut self) -> Result<(), Closed> {
         let world: Arc<World> = self.shared.world.borrow().clone();
-        let mut orders = vec![];
-        for uid in &self.seen {
-            // A pod that no object names yet is held until one does.
-            let Some(pod) = world.pods.get(uid).filter(|pod| pod.node == self.node) else {
-                continue;
-            };
-            let order = order(pod);
-            if self.ordered.get(uid) != Some(&order) {
-                self.ordered.insert(uid.clone(), order.clone());
-                orders.push(node_order::Order::Pod(order));
+        let uids: BTreeSet<String> = self.seen.iter().chain(self.ordered.keys()).cloned().collect();
+        for uid in uids {
+            self.order(&world, &uid).await?;
+        }
+        self.number = world.number;
+        Ok(())
+    }
+
+    /// Sends a pod's order if it is another one than the last.
+    async fn order(&mut self, world: &World, uid: &str) -> Result<(), Closed> {
+        match world.pod(uid) {
+            None => {
+                if self.ordered.remove(uid).is_some() {
+                    self.send(node_order::Order::ForgetUid(uid.to_owned())).await?;
+                }
             }
-        }
-        let forgotten: Vec<String> = self
-            .ordered
-            .keys()
-            .filter(|uid| !world.pods.contains_key(*uid))
-            .cloned()
-            .collect();
-        for uid in forgotten {
-            self.ordered.remove(&uid);
-            orders.push(node_order::Order::ForgetUid(uid));
-        }
-        for order in orders {
-            self.send(order).await?;
+            Some(pod) if pod.node == self.node && self.seen.contains(uid) => {
+                let order = order(pod);
+                if self.ordered.get(uid) != Some(&order) {
+                    self.ordered.insert(uid.to_owned(), order.clone());
+                    self.send(node_order::Order::Pod(order)).await?;
+                }
+            }
+            // Not seen yet, or another node's: it is held until an object puts it here.
+            Some(_) => {}
         }
         Ok(())
     }
@@ -225,7 +235,7 @@ fn order(pod: &PodFacts) -> PodOrder {
             outbound_ports: ports(&pod.exclude_outbound_ports),
             outbound_cidrs: pod.exclude_outbound_nets.iter().map(|net| cidr(*net)).collect(),
         }),
-        refuse_plaintext: pod.enrolled,
+        refuse_plaintext: pod.refuse_plaintext,
         namespace: pod.namespace.clone(),
         name: pod.name.clone(),
         service_account: pod.service_account.clone(),

@@ -1,15 +1,27 @@
 //! The folder source.
+//!
+//! ```text
+//! file changed ──▶ its documents, parsed and checked ──▶ claims: no two objects hold one ──▶ Changes
+//! ```
+//! Invariant: what is given out is whole and valid. One mistake anywhere in the folder and nothing is given
+//! out; a change costs what its file holds, not what the folder holds.
 
-use super::objects::{Key, Metadata, Objects};
+use super::{
+    claims::{Claim, Claims},
+    objects::{Change, Key, Kind, Metadata, Object, ObjectId},
+};
 use notify::{RecursiveMode, Watcher};
+use parking_lot::Mutex;
 use serde::{Deserialize, de::DeserializeOwned};
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet, HashMap},
     fmt, fs, io,
+    os::unix::fs::MetadataExt,
     path::{Path, PathBuf},
+    sync::Arc,
     time::Duration,
 };
-use tokio::sync::{mpsc, watch};
+use tokio::sync::{Notify, mpsc, watch};
 
 /// A file larger than this is no object of ours.
 const MAX_FILE: u64 = 4 * 1024 * 1024;
@@ -17,14 +29,14 @@ const MAX_FILE: u64 = 4 * 1024 * 1024;
 /// Anchors let a short YAML text expand without bound; objects need none.
 const MAX_ALIASES: usize = 16;
 
-/// How long a burst of changes is collected before the folder is read.
+/// How long a burst of changes is collected before the files are read.
 const DEBOUNCE: Duration = Duration::from_millis(20);
 
 /// How often the folder is read though nothing was heard: a net under lost notifications.
 const POLL: Duration = Duration::from_secs(5);
 
 /// A mistake in a file.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Mistake {
     pub file: PathBuf,
     pub line: usize,
@@ -37,82 +49,231 @@ impl fmt::Display for Mistake {
     }
 }
 
-#[derive(Deserialize)]
-struct Head {
-    #[serde(rename = "apiVersion", default)]
-    api_version: String,
-    #[serde(default)]
-    kind: String,
-    metadata: Option<Metadata>,
+/// Judges one object by itself: what it claims for itself alone, or why it is not taken.
+pub type Check = Arc<dyn Fn(&Object) -> Result<Vec<Claim>, String> + Send + Sync>;
+
+/// The folder as it was read last.
+pub struct Folder {
+    path: PathBuf,
+    check: Check,
+    files: BTreeMap<PathBuf, File>,
+    /// Files with mistakes.
+    bad: BTreeSet<PathBuf>,
+    claims: Claims,
+    /// What may differ from `good`.
+    touched: BTreeSet<ObjectId>,
+    /// What was given out.
+    good: HashMap<ObjectId, Object>,
 }
 
-/// Reads the whole folder: all of it, or the mistakes in it.
-pub fn load(folder: &Path) -> Result<Objects, Vec<Mistake>> {
-    let mut objects = Objects::default();
-    let mut mistakes = vec![];
-    let files = match files(folder) {
-        Ok(files) => files,
-        Err(error) => {
-            return Err(vec![Mistake {
-                file: folder.to_owned(),
-                line: 0,
-                what: format!("cannot be read: {error}"),
-            }]);
+/// One file's content; a file that cannot be read whole has mistakes and no objects.
+#[derive(Default)]
+struct File {
+    stamp: Stamp,
+    read: Vec<Read>,
+    mistakes: Vec<Mistake>,
+}
+
+impl File {
+    fn at(&self, line: usize) -> Option<&Read> {
+        let index = self.read.binary_search_by_key(&line, |read| read.line).ok()?;
+        self.read.get(index)
+    }
+}
+
+/// Tells one version of a file from the next.
+type Stamp = (i64, i64, u64, u64);
+
+struct Read {
+    line: usize,
+    id: ObjectId,
+    object: Object,
+    claims: Vec<Claim>,
+}
+
+impl Folder {
+    pub fn new(path: PathBuf, check: Check) -> Self {
+        Self {
+            path,
+            check,
+            files: BTreeMap::new(),
+            bad: BTreeSet::new(),
+            claims: Claims::default(),
+            touched: BTreeSet::new(),
+            good: HashMap::new(),
         }
-    };
-    for file in files {
-        let mistake = |line, what| Mistake {
-            file: file.clone(),
-            line,
-            what,
-        };
-        match text(&file) {
-            Ok(text) => {
-                for (line, document) in documents(&text) {
-                    if let Err((at, what)) = take(&mut objects, document) {
-                        mistakes.push(mistake(line + at, what));
-                    }
-                }
+    }
+
+    /// Reads every file that is not what it was.
+    pub fn read_all(&mut self) -> Result<Vec<Change>, Vec<Mistake>> {
+        let present = match files(&self.path) {
+            Ok(files) => files,
+            Err(error) => {
+                return Err(vec![Mistake {
+                    file: self.path.clone(),
+                    line: 0,
+                    what: format!("cannot be read: {error}"),
+                }]);
             }
-            // It was there a moment ago: a rename in progress, and a notification follows.
-            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-            Err(error) => mistakes.push(mistake(0, error.to_string())),
+        };
+        let gone: Vec<PathBuf> = self
+            .files
+            .keys()
+            .filter(|file| !present.contains(*file))
+            .cloned()
+            .collect();
+        for file in present {
+            let known = self.files.get(&file).map(|file| file.stamp);
+            if known.is_none() || known != stamp(&file) {
+                self.read_file(&file);
+            }
         }
+        for file in gone {
+            self.read_file(&file);
+        }
+        self.outcome()
     }
-    if mistakes.is_empty() {
-        Ok(objects)
-    } else {
-        Err(mistakes)
+
+    /// Reads these files, whatever they were.
+    pub fn read_some(&mut self, files: &BTreeSet<PathBuf>) -> Result<Vec<Change>, Vec<Mistake>> {
+        for file in files.iter().filter(|file| is_ours(file)) {
+            self.read_file(file);
+        }
+        self.outcome()
+    }
+
+    fn read_file(&mut self, path: &Path) {
+        let before = self.files.remove(path).unwrap_or_default();
+        self.bad.remove(path);
+        for read in &before.read {
+            self.touched.insert(read.id.clone());
+            self.claims.leave(path, read.line, &read.claims);
+        }
+        let stamp = stamp(path).unwrap_or_default();
+        let mut file = match text(path) {
+            Ok(text) => parse_file(path, &text, &self.check),
+            // Gone, or a rename in progress of which a notification follows.
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return,
+            Err(error) => File {
+                mistakes: vec![Mistake {
+                    file: path.to_owned(),
+                    line: 0,
+                    what: error.to_string(),
+                }],
+                ..File::default()
+            },
+        };
+        file.stamp = stamp;
+        for read in &file.read {
+            self.touched.insert(read.id.clone());
+            self.claims.take(path, read.line, &read.id, &read.claims);
+        }
+        if !file.mistakes.is_empty() {
+            self.bad.insert(path.to_owned());
+        }
+        self.files.insert(path.to_owned(), file);
+    }
+
+    /// What has changed since the last good state, if the folder is good now.
+    fn outcome(&mut self) -> Result<Vec<Change>, Vec<Mistake>> {
+        let bad = self.bad.iter().filter_map(|file| self.files.get(file));
+        let in_files = bad.flat_map(|file| file.mistakes.iter().cloned());
+        let mistakes: Vec<Mistake> = in_files.chain(self.claims.contested()).collect();
+        if !mistakes.is_empty() {
+            return Err(mistakes);
+        }
+        let mut changes = vec![];
+        for id in std::mem::take(&mut self.touched) {
+            let now = self
+                .claims
+                .holder(&Claim::Object(id.clone()))
+                .and_then(|(file, line)| self.files.get(file)?.at(line))
+                .map(|read| read.object.clone());
+            if self.good.get(&id) != now.as_ref() {
+                match &now {
+                    Some(object) => self.good.insert(id.clone(), object.clone()),
+                    None => self.good.remove(&id),
+                };
+                changes.push(Change { id, object: now });
+            }
+        }
+        Ok(changes)
     }
 }
 
-fn files(folder: &Path) -> io::Result<Vec<PathBuf>> {
-    let mut files = vec![];
+fn is_ours(path: &Path) -> bool {
+    let hidden = path
+        .file_name()
+        .is_none_or(|name| name.as_encoded_bytes().starts_with(b"."));
+    !hidden
+        && path
+            .extension()
+            .is_some_and(|kind| kind == "yaml" || kind == "yml")
+}
+
+fn files(folder: &Path) -> io::Result<BTreeSet<PathBuf>> {
+    let mut files = BTreeSet::new();
     for entry in fs::read_dir(folder)? {
         let path = entry?.path();
-        let hidden = path
-            .file_name()
-            .is_none_or(|name| name.as_encoded_bytes().starts_with(b"."));
-        if !hidden
-            && path
-                .extension()
-                .is_some_and(|kind| kind == "yaml" || kind == "yml")
-        {
-            files.push(path);
+        if is_ours(&path) {
+            files.insert(path);
         }
     }
-    files.sort();
     Ok(files)
+}
+
+fn stamp(file: &Path) -> Option<Stamp> {
+    let about = fs::metadata(file).ok()?;
+    Some((about.mtime(), about.mtime_nsec(), about.len(), about.ino()))
 }
 
 fn text(file: &Path) -> io::Result<String> {
     let length = fs::metadata(file)?.len();
     if length > MAX_FILE {
         return Err(io::Error::other(format!(
-            "{length} bytes; at most {MAX_FILE} are read"
+            "{length} bytes; at most {MAX_FILE} are read: divide it"
         )));
     }
     fs::read_to_string(file)
+}
+
+fn parse_file(path: &Path, text: &str, check: &Check) -> File {
+    let mut file = File::default();
+    for (line, document) in documents(text) {
+        let checked = take(document).and_then(|(id, object)| match check(&object) {
+            Ok(mut claims) => {
+                claims.push(Claim::Object(id.clone()));
+                claims.sort_unstable();
+                claims.dedup();
+                Ok(Read {
+                    line: line + 1,
+                    id,
+                    object,
+                    claims,
+                })
+            }
+            Err(why) => Err((line_of(document, &why), format!("{id}: {why}"))),
+        });
+        match checked {
+            Ok(read) => file.read.push(read),
+            Err((at, what)) => file.mistakes.push(Mistake {
+                file: path.to_owned(),
+                line: line + at,
+                what,
+            }),
+        }
+    }
+    file
+}
+
+/// The line of a document that holds a value which the mistake quotes; the first one if none does.
+fn line_of(document: &str, why: &str) -> usize {
+    why.split('"')
+        .skip(1)
+        .step_by(2)
+        .filter(|value| !value.is_empty())
+        .find_map(|value| document.lines().position(|line| line.contains(value)))
+        .map_or(1, |index| index + 1)
 }
 
 /// The documents of a file with the number of lines before each.
@@ -145,8 +306,17 @@ fn parse<T: DeserializeOwned>(document: &str) -> Result<T, Refused> {
         .map_err(|error| (error.location().map_or(1, |at| at.line()), error.to_string()))
 }
 
-/// Reads one document into its kind's map.
-fn take(objects: &mut Objects, document: &str) -> Result<(), Refused> {
+#[derive(Deserialize)]
+struct Head {
+    #[serde(rename = "apiVersion", default)]
+    api_version: String,
+    #[serde(default)]
+    kind: String,
+    metadata: Option<Metadata>,
+}
+
+/// Reads one document.
+fn take(document: &str) -> Result<(ObjectId, Object), Refused> {
     let aliases = document.matches(['&', '*']).count();
     if document.contains(": *") && aliases > MAX_ALIASES {
         return Err((
@@ -157,124 +327,122 @@ fn take(objects: &mut Objects, document: &str) -> Result<(), Refused> {
     let head: Head = parse(document)?;
     let metadata = head.metadata.unwrap_or_default();
     if metadata.name.is_empty() {
-        return Err((1, "metadata.name is missing".to_owned()));
+        return Err((1, "metadata.name is missing; every object has a name".to_owned()));
     }
-    let group = head.api_version.rsplit_once('/').map_or("", |(group, _)| group);
-    match (group, head.kind.as_str()) {
-        ("", "Namespace") => {
-            let name = metadata.name.clone();
-            insert(&mut objects.namespaces, name, parse(document)?, &head.kind)
+    let object = read_kind(&head.api_version, &head.kind, document)?;
+    let kind = object.kind();
+    let namespace = match kind {
+        Kind::Namespace | Kind::Node => String::new(),
+        _ if metadata.namespace.is_empty() => {
+            return Err((
+                1,
+                format!(
+                    "{kind:?} {}: metadata.namespace is missing; name the namespace",
+                    metadata.name
+                ),
+            ));
         }
-        ("", "Pod") => insert(&mut objects.pods, key(&metadata)?, parse(document)?, &head.kind),
-        ("", "Service") => insert(
-            &mut objects.services,
-            key(&metadata)?,
-            parse(document)?,
-            &head.kind,
-        ),
-        ("culvert.dev", "Workload") => insert(
-            &mut objects.workloads,
-            key(&metadata)?,
-            parse(document)?,
-            &head.kind,
-        ),
-        ("culvert.dev", "ExternalService") => insert(
-            &mut objects.externals,
-            key(&metadata)?,
-            parse(document)?,
-            &head.kind,
-        ),
-        ("culvert.dev" | "security.istio.io", "AuthorizationPolicy") => insert(
-            &mut objects.policies,
-            key(&metadata)?,
-            parse(document)?,
-            &head.kind,
-        ),
-        ("culvert.dev" | "security.istio.io", "PeerAuthentication") => insert(
-            &mut objects.peer_authentications,
-            key(&metadata)?,
-            parse(document)?,
-            &head.kind,
-        ),
-        (_, kind) => Err((
+        _ => metadata.namespace,
+    };
+    let key = Key {
+        namespace,
+        name: metadata.name,
+    };
+    Ok((ObjectId { kind, key }, object))
+}
+
+fn read_kind(api_version: &str, kind: &str, document: &str) -> Result<Object, Refused> {
+    fn of<T: DeserializeOwned>(document: &str, make: fn(Arc<T>) -> Object) -> Result<Object, Refused> {
+        parse(document).map(|one| make(Arc::new(one)))
+    }
+    let group = api_version.rsplit_once('/').map_or("", |(group, _)| group);
+    match (group, kind) {
+        ("", "Namespace") => of(document, Object::Namespace),
+        ("", "Node") => of(document, Object::Node),
+        ("", "Pod") => of(document, Object::Pod),
+        ("", "Service") => of(document, Object::Service),
+        ("discovery.k8s.io", "EndpointSlice") => of(document, Object::EndpointSlice),
+        ("culvert.dev", "Workload") => of(document, Object::Workload),
+        ("culvert.dev", "ExternalService") => of(document, Object::ExternalService),
+        ("culvert.dev" | "security.istio.io", "AuthorizationPolicy") => {
+            of(document, Object::AuthorizationPolicy)
+        }
+        ("culvert.dev" | "security.istio.io", "PeerAuthentication") => {
+            of(document, Object::PeerAuthentication)
+        }
+        _ => Err((
             1,
             format!(
-                "kind {kind:?} of apiVersion {:?} is not read here; known are Namespace, Pod, Service (v1), Workload, \
-                 ExternalService, AuthorizationPolicy, PeerAuthentication (culvert.dev/v1alpha1; the last two also \
-                 security.istio.io/v1)",
-                head.api_version
+                "kind {kind:?} of apiVersion {api_version:?} is not read here; known are Namespace, Node, Pod, \
+                 Service (v1), EndpointSlice (discovery.k8s.io/v1), Workload, ExternalService, AuthorizationPolicy, \
+                 PeerAuthentication (culvert.dev/v1alpha1; the last two also security.istio.io/v1)"
             ),
         )),
     }
 }
 
-fn key(metadata: &Metadata) -> Result<Key, Refused> {
-    if metadata.namespace.is_empty() {
-        return Err((1, "metadata.namespace is missing".to_owned()));
-    }
-    Ok(Key {
-        namespace: metadata.namespace.clone(),
-        name: metadata.name.clone(),
-    })
-}
-
-fn insert<K: Ord + fmt::Debug, V>(
-    map: &mut BTreeMap<K, V>,
-    key: K,
-    value: V,
-    kind: &str,
-) -> Result<(), Refused> {
-    if map.contains_key(&key) {
-        return Err((1, format!("{kind} {key:?} is defined twice; remove one of them")));
-    }
-    map.insert(key, value);
-    Ok(())
-}
-
-/// What the source says now.
+/// How the source is now.
 #[derive(Debug, Clone, Default)]
-pub struct Latest {
-    /// The last good objects.
-    pub objects: std::sync::Arc<Objects>,
-    /// What is wrong with the folder as it is now.
+pub struct Health {
+    /// What is wrong with the folder; the last good state stays while there is anything.
     pub mistakes: Vec<Mistake>,
 }
 
-/// Watches the folder for as long as it is polled. `check` may refuse objects that are each valid but do
-/// not fit together.
+/// What was heard of the folder and not yet looked at.
+#[derive(Default)]
+struct Heard {
+    files: BTreeSet<PathBuf>,
+    /// Something that names no file.
+    all: bool,
+}
+
+/// Watches the folder for as long as somebody takes its changes. The first batch is sent once the folder has
+/// been read whole, even if it is empty.
 pub async fn watch_folder(
-    folder: PathBuf,
-    latest: watch::Sender<Latest>,
-    check: impl Fn(&Objects) -> Result<(), String>,
+    path: PathBuf,
+    check: Check,
+    changes: mpsc::Sender<Vec<Change>>,
+    health: watch::Sender<Health>,
 ) -> notify::Result<()> {
-    let (changed, mut changes) = mpsc::channel(1);
-    let mut watcher = notify::recommended_watcher(move |_event| {
-        // One waiting notification says all.
-        let _ = changed.try_send(());
+    let heard = Arc::new((Mutex::new(Heard::default()), Notify::new()));
+    let ear = heard.clone();
+    let mut watcher = notify::recommended_watcher(move |event: notify::Result<notify::Event>| {
+        match event {
+            Ok(event) if event.kind.is_access() => return,
+            Ok(event) if !event.need_rescan() => ear.0.lock().files.extend(event.paths),
+            Ok(_) | Err(_) => ear.0.lock().all = true,
+        }
+        ear.1.notify_one();
     })?;
-    watcher.watch(&folder, RecursiveMode::NonRecursive)?;
+    watcher.watch(&path, RecursiveMode::NonRecursive)?;
+    let mut folder = Folder::new(path, check);
+    heard.0.lock().all = true;
+    let mut first = true;
     loop {
-        let loaded = load(&folder).and_then(|objects| match check(&objects) {
-            Ok(()) => Ok(objects),
-            Err(what) => Err(vec![Mistake {
-                file: folder.clone(),
-                line: 0,
-                what,
-            }]),
+        let Heard { files, all } = std::mem::take(&mut *heard.0.lock());
+        // Files are read and parsed on a thread that may block.
+        let reading = tokio::task::spawn_blocking(move || {
+            let outcome = if all {
+                folder.read_all()
+            } else {
+                folder.read_some(&files)
+            };
+            (folder, outcome)
         });
-        match loaded {
-            Ok(objects) => {
-                latest.send_if_modified(|now| {
-                    let cleared = !std::mem::take(&mut now.mistakes).is_empty();
-                    if *now.objects == objects {
-                        return cleared;
-                    }
-                    now.objects = std::sync::Arc::new(objects);
-                    true
-                });
+        let Ok((same, outcome)) = reading.await else {
+            return Err(notify::Error::generic("the reader of the folder has panicked"));
+        };
+        folder = same;
+        match outcome {
+            Ok(batch) => {
+                health.send_if_modified(|now| !std::mem::take(&mut now.mistakes).is_empty());
+                if (first || !batch.is_empty()) && changes.send(batch).await.is_err() {
+                    return Ok(());
+                }
+                first = false;
             }
             Err(mistakes) => {
-                latest.send_if_modified(|now| {
+                health.send_if_modified(|now| {
                     if now.mistakes == mistakes {
                         return false;
                     }
@@ -287,121 +455,11 @@ pub async fn watch_folder(
             }
         }
         tokio::select! {
-            _ = changes.recv() => tokio::time::sleep(DEBOUNCE).await,
-            () = tokio::time::sleep(POLL) => {}
+            () = heard.1.notified() => tokio::time::sleep(DEBOUNCE).await,
+            () = tokio::time::sleep(POLL) => heard.0.lock().all = true,
         }
-        while changes.try_recv().is_ok() {}
     }
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn folder(files: &[(&str, &str)]) -> tempfile::TempDir {
-        let dir = tempfile::tempdir().unwrap();
-        for (name, text) in files {
-            fs::write(dir.path().join(name), text).unwrap();
-        }
-        dir
-    }
-
-    const NAMESPACE: &str = "apiVersion: v1\nkind: Namespace\nmetadata:\n  name: shop\n";
-
-    #[test]
-    fn a_folder_is_read_whole() {
-        let policy = "apiVersion: security.istio.io/v1\nkind: AuthorizationPolicy\nmetadata: {name: a, namespace: shop}\nspec:\n  action: DENY\n  rules:\n  - from:\n    - source: {principals: [cluster.local/ns/shop/sa/web]}\n";
-        let dir = folder(&[
-            ("a.yaml", &format!("# first\n---\n{NAMESPACE}---\n{policy}")),
-            (".hidden.yaml", "{"),
-            ("x.txt", "{"),
-        ]);
-        let objects = load(dir.path()).unwrap();
-        assert_eq!((objects.namespaces.len(), objects.policies.len()), (1, 1));
-    }
-
-    #[test]
-    fn a_mistake_is_named_with_file_and_line() {
-        let policy = |spec: &str| {
-            format!(
-                "{NAMESPACE}---\napiVersion: culvert.dev/v1alpha1\nkind: AuthorizationPolicy\nmetadata: {{name: a, namespace: shop}}\nspec:\n{spec}"
-            )
-        };
-        for (case, text, line, says) in [
-            ("unknown field", policy("  actoin: DENY\n"), 10, "actoin"),
-            ("unknown action", policy("  action: CUSTOM\n"), 10, "CUSTOM"),
-            (
-                "unknown field deep down",
-                policy("  rules:\n  - from:\n    - source:\n        principles: [a]\n"),
-                13,
-                "principles",
-            ),
-            ("wrong type", policy("  rules: yes\n"), 10, "rules"),
-            ("twice", format!("{NAMESPACE}---\n{NAMESPACE}"), 6, "twice"),
-            (
-                "no name",
-                "apiVersion: v1\nkind: Namespace\n".to_owned(),
-                1,
-                "metadata.name",
-            ),
-            (
-                "unknown kind",
-                "apiVersion: v1\nkind: Secret\nmetadata: {name: x}\n".to_owned(),
-                1,
-                "Secret",
-            ),
-        ] {
-            let dir = folder(&[("p.yaml", &text)]);
-            let mistakes = load(dir.path()).unwrap_err();
-            let [mistake] = mistakes.as_slice() else {
-                panic!("{case}: {mistakes:?}")
-            };
-            assert!(mistake.what.contains(says), "{case}: {mistake}");
-            assert!(
-                mistake.line.abs_diff(line) <= 1,
-                "{case}: {mistake}, wanted about line {line}"
-            );
-        }
-    }
-
-    #[test]
-    fn t50_an_alias_bomb_and_a_huge_file_are_refused() {
-        let mut bomb = "apiVersion: v1\nkind: Namespace\na: &a [x,x,x,x,x,x,x,x,x]\n".to_owned();
-        for (name, of) in ["b", "c", "d", "e", "f"]
-            .into_iter()
-            .zip(["a", "b", "c", "d", "e"])
-        {
-            bomb += &format!(
-                "{name}: &{name} [*{of},*{of},*{of},*{of},*{of},*{of},*{of},*{of}]\nz{name}: *{of}\n"
-            );
-        }
-        let dir = folder(&[("bomb.yaml", &bomb), ("huge.yaml", &" ".repeat(5 * 1024 * 1024))]);
-        assert_eq!(load(dir.path()).unwrap_err().len(), 2);
-    }
-
-    #[tokio::test]
-    async fn the_last_good_state_stays_while_a_file_is_wrong() {
-        let dir = folder(&[("ns.yaml", NAMESPACE)]);
-        let latest = watch::Sender::new(Latest::default());
-        let mut seen = latest.subscribe();
-        tokio::spawn(watch_folder(dir.path().to_owned(), latest, |_| Ok(())));
-        let wait = Duration::from_secs(10);
-        let good = |latest: &Latest| latest.objects.namespaces.len() == 1 && latest.mistakes.is_empty();
-        tokio::time::timeout(wait, seen.wait_for(good))
-            .await
-            .unwrap()
-            .unwrap();
-        fs::write(dir.path().join("wrong.yaml"), "kind: [").unwrap();
-        let wrong = |latest: &Latest| latest.objects.namespaces.len() == 1 && !latest.mistakes.is_empty();
-        tokio::time::timeout(wait, seen.wait_for(wrong))
-            .await
-            .unwrap()
-            .unwrap();
-        fs::write(dir.path().join("wrong.yaml"), NAMESPACE.replace("shop", "bank")).unwrap();
-        let both = |latest: &Latest| latest.objects.namespaces.len() == 2 && latest.mistakes.is_empty();
-        tokio::time::timeout(wait, seen.wait_for(both))
-            .await
-            .unwrap()
-            .unwrap();
-    }
-}
+pub(crate) mod tests;

@@ -1,10 +1,11 @@
 //! The kinds that a folder may hold, as a cluster has them.
 //!
-//! Of the kinds that Kubernetes defines only what is used is read; in kinds of ours and in policies an
-//! unknown field is refused, because a policy without one of its conditions is another policy.
+//! Of Kubernetes' Pod, Node and Namespace only what is used is read. Elsewhere an unknown field is refused: a
+//! policy without one of its conditions is another policy, and a misspelt field of a Service is a Service
+//! that does not do what its author wrote.
 
-use serde::Deserialize;
-use std::collections::BTreeMap;
+use serde::{Deserialize, de::IgnoredAny};
+use std::{collections::BTreeMap, fmt, sync::Arc};
 
 type Map = BTreeMap<String, String>;
 
@@ -25,6 +26,12 @@ pub struct Metadata {
 
 #[derive(Debug, Clone, PartialEq, Deserialize)]
 pub struct Namespace {
+    pub metadata: Metadata,
+}
+
+/// A machine; its labels say where it stands.
+#[derive(Debug, Clone, PartialEq, Deserialize)]
+pub struct Node {
     pub metadata: Metadata,
 }
 
@@ -109,13 +116,20 @@ pub struct Condition {
 }
 
 #[derive(Debug, Clone, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct Service {
+    #[serde(rename = "apiVersion")]
+    pub api_version: String,
+    pub kind: String,
     pub metadata: Metadata,
     pub spec: ServiceSpec,
+    /// Written by the cluster.
+    #[serde(default)]
+    pub status: IgnoredAny,
 }
 
 #[derive(Debug, Clone, Default, PartialEq, Deserialize)]
-#[serde(rename_all = "camelCase", default)]
+#[serde(rename_all = "camelCase", deny_unknown_fields, default)]
 pub struct ServiceSpec {
     pub r#type: String,
     pub selector: Map,
@@ -123,29 +137,42 @@ pub struct ServiceSpec {
     pub cluster_ip: String,
     #[serde(rename = "clusterIPs")]
     pub cluster_ips: Vec<String>,
+    pub ip_families: Vec<String>,
     pub ports: Vec<ServicePort>,
     pub session_affinity: String,
     pub session_affinity_config: Option<AffinityConfig>,
     pub internal_traffic_policy: String,
     pub traffic_distribution: String,
     pub publish_not_ready_addresses: bool,
+    // What concerns traffic from outside of the cluster alone, which no pod's proxy carries.
+    pub external_traffic_policy: IgnoredAny,
+    pub external_name: IgnoredAny,
+    #[serde(rename = "externalIPs")]
+    pub external_ips: IgnoredAny,
+    pub health_check_node_port: IgnoredAny,
+    pub ip_family_policy: IgnoredAny,
+    pub allocate_load_balancer_node_ports: IgnoredAny,
+    pub load_balancer_class: IgnoredAny,
+    #[serde(rename = "loadBalancerIP")]
+    pub load_balancer_ip: IgnoredAny,
+    pub load_balancer_source_ranges: IgnoredAny,
 }
 
 #[derive(Debug, Clone, PartialEq, Deserialize)]
-#[serde(rename_all = "camelCase")]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct AffinityConfig {
     #[serde(rename = "clientIP")]
     pub client_ip: Option<ClientIp>,
 }
 
 #[derive(Debug, Clone, PartialEq, Deserialize)]
-#[serde(rename_all = "camelCase")]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct ClientIp {
     pub timeout_seconds: Option<u32>,
 }
 
 #[derive(Debug, Clone, PartialEq, Deserialize)]
-#[serde(rename_all = "camelCase")]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct ServicePort {
     #[serde(default)]
     pub name: String,
@@ -153,6 +180,60 @@ pub struct ServicePort {
     pub target_port: Option<PortRef>,
     #[serde(default)]
     pub protocol: String,
+    #[serde(default)]
+    pub app_protocol: IgnoredAny,
+    #[serde(default)]
+    pub node_port: IgnoredAny,
+}
+
+/// The label of an EndpointSlice that names its Service.
+pub const SERVICE_NAME: &str = "kubernetes.io/service-name";
+
+/// Endpoints of a Service that are listed instead of selected.
+#[derive(Debug, Clone, PartialEq, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct EndpointSlice {
+    pub api_version: String,
+    pub kind: String,
+    pub metadata: Metadata,
+    pub address_type: String,
+    #[serde(default)]
+    pub endpoints: Vec<Endpoint>,
+    #[serde(default)]
+    pub ports: Vec<EndpointPort>,
+}
+
+#[derive(Debug, Clone, Default, PartialEq, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields, default)]
+pub struct Endpoint {
+    pub addresses: Vec<String>,
+    pub conditions: EndpointConditions,
+    pub hostname: Option<String>,
+    pub node_name: Option<String>,
+    pub zone: Option<String>,
+    pub target_ref: IgnoredAny,
+    pub hints: IgnoredAny,
+}
+
+/// What is not said is taken as Kubernetes takes it: ready and serving, not terminating.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct EndpointConditions {
+    pub ready: Option<bool>,
+    pub serving: Option<bool>,
+    pub terminating: Option<bool>,
+}
+
+#[derive(Debug, Clone, PartialEq, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct EndpointPort {
+    #[serde(default)]
+    pub name: Option<String>,
+    pub port: u16,
+    #[serde(default)]
+    pub protocol: Option<String>,
+    #[serde(default)]
+    pub app_protocol: IgnoredAny,
 }
 
 /// What has no Pod: a machine or a process outside the cluster.
@@ -215,7 +296,7 @@ pub struct AuthorizationPolicy {
     pub spec: AuthorizationSpec,
     /// Written by us on a cluster, ignored here.
     #[serde(default)]
-    pub status: serde::de::IgnoredAny,
+    pub status: IgnoredAny,
 }
 
 #[derive(Debug, Clone, Default, PartialEq, Deserialize)]
@@ -326,7 +407,7 @@ pub struct PeerAuthentication {
     #[serde(default)]
     pub spec: PeerAuthenticationSpec,
     #[serde(default)]
-    pub status: serde::de::IgnoredAny,
+    pub status: IgnoredAny,
 }
 
 #[derive(Debug, Clone, Default, PartialEq, Deserialize)]
@@ -353,21 +434,86 @@ pub enum MtlsMode {
     Strict,
 }
 
-/// Everything that a folder says, by kind and name.
-#[derive(Debug, Clone, Default, PartialEq)]
-pub struct Objects {
-    pub namespaces: BTreeMap<String, Namespace>,
-    pub pods: BTreeMap<Key, Pod>,
-    pub services: BTreeMap<Key, Service>,
-    pub workloads: BTreeMap<Key, Workload>,
-    pub externals: BTreeMap<Key, ExternalService>,
-    pub policies: BTreeMap<Key, AuthorizationPolicy>,
-    pub peer_authentications: BTreeMap<Key, PeerAuthentication>,
-}
-
-/// Namespace and name.
+/// Namespace and name; objects without a namespace have an empty one.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Key {
     pub namespace: String,
     pub name: String,
+}
+
+impl fmt::Display for Key {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.namespace.as_str() {
+            "" => f.write_str(&self.name),
+            namespace => write!(f, "{namespace}/{}", self.name),
+        }
+    }
+}
+
+/// Declares every kind once: the enums, the maps, and how a change reaches its map.
+macro_rules! kinds {
+    ($($kind:ident => $map:ident),* $(,)?) => {
+        /// The kinds that are read.
+        #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+        pub enum Kind { $($kind),* }
+
+        /// One object of any kind; clones share it.
+        #[derive(Debug, Clone, PartialEq)]
+        pub enum Object { $($kind(Arc<$kind>)),* }
+
+        impl Object {
+            pub fn kind(&self) -> Kind {
+                match self { $(Self::$kind(_) => Kind::$kind),* }
+            }
+        }
+
+        /// Everything that a source says, by kind and name.
+        #[derive(Debug, Clone, Default, PartialEq)]
+        pub struct Objects { $(pub $map: BTreeMap<Key, Arc<$kind>>),* }
+
+        impl Objects {
+            /// Carries out one change and returns what was there before.
+            pub fn apply(&mut self, change: &Change) -> Option<Object> {
+                let key = &change.id.key;
+                match (change.id.kind, &change.object) {
+                    $((Kind::$kind, Some(Object::$kind(new))) => {
+                        self.$map.insert(key.clone(), new.clone()).map(Object::$kind)
+                    })*
+                    $((Kind::$kind, _) => self.$map.remove(key).map(Object::$kind),)*
+                }
+            }
+        }
+    };
+}
+
+kinds! {
+    Namespace => namespaces,
+    Node => nodes,
+    Pod => pods,
+    Service => services,
+    EndpointSlice => slices,
+    Workload => workloads,
+    ExternalService => externals,
+    AuthorizationPolicy => policies,
+    PeerAuthentication => peer_authentications,
+}
+
+/// Names one object.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct ObjectId {
+    pub kind: Kind,
+    pub key: Key,
+}
+
+impl fmt::Display for ObjectId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:?} {}", self.kind, self.key)
+    }
+}
+
+/// An object as it is from now on; none when it is gone.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Change {
+    pub id: ObjectId,
+    pub object: Option<Object>,
 }

@@ -2,19 +2,18 @@ use super::*;
 use crate::{
     authority::Authority,
     config::{Egress, Profile},
-    index::{PodFacts, Settings, World},
-    serve::Tokens,
+    index::{PodFacts, Settings, World, world::Step},
+    serve::{Tokens, acks::Acks, limits::Limits},
 };
 use culvert_io::tls::Svid;
 use rcgen::{CertificateParams, KeyPair};
-use std::collections::BTreeMap;
 use tokio::sync::{mpsc, watch};
 
 const TOKENS: [(&str, &str); 2] = [("token-of-node-a-000", "a"), ("token-of-node-b-000", "b")];
 
-fn pod(name: &str, node: &str, enrolled: bool) -> (String, PodFacts) {
-    let facts = PodFacts {
-        uid: name.into(),
+fn pod(name: &str, node: &str, enrolled: bool) -> PodFacts {
+    PodFacts {
+        uid: format!("{name}-{node}"),
         namespace: "shop".into(),
         name: name.into(),
         service_account: name.into(),
@@ -24,34 +23,32 @@ fn pod(name: &str, node: &str, enrolled: bool) -> (String, PodFacts) {
             .unwrap(),
         workload_uid: name.into(),
         enrolled,
-        born_outside: false,
+        refuse_plaintext: enrolled,
         namespace_apart: false,
         probe_ports: vec![],
         exclude_inbound_ports: vec![],
         exclude_outbound_ports: vec![],
         exclude_outbound_nets: vec![],
-    };
-    (name.to_owned(), facts)
+    }
 }
 
 /// Two nodes: `web` and `api` on a, `cart` on b, `both` on each, `plain` on a outside of the mesh.
 fn ca() -> (Ca, watch::Sender<Arc<World>>, tempfile::TempDir) {
     let state = tempfile::tempdir().unwrap();
-    let mut pods: BTreeMap<String, PodFacts> = [
+    let mut first = World::default();
+    let mut step = Step::default();
+    for facts in [
         pod("web", "a", true),
         pod("api", "a", true),
         pod("cart", "b", true),
         pod("plain", "a", false),
-    ]
-    .into();
-    for node in ["a", "b"] {
-        let (_, facts) = pod("both", node, true);
-        pods.insert(format!("both-{node}"), facts);
+        pod("both", "a", true),
+        pod("both", "b", true),
+    ] {
+        first.put_pod(&mut step, facts);
     }
-    let (publish, world) = watch::channel(Arc::new(World {
-        pods,
-        ..World::default()
-    }));
+    first.close(step);
+    let (publish, world) = watch::channel(Arc::new(first));
     let shared = Shared {
         settings: Settings {
             trust_domain: "cluster.local".parse().unwrap(),
@@ -70,9 +67,12 @@ fn ca() -> (Ca, watch::Sender<Arc<World>>, tempfile::TempDir) {
                 .into(),
         )
         .unwrap(),
-        authority: Authority::generated(state.path(), Duration::from_secs(3600)).unwrap(),
-        captures: parking_lot::Mutex::default(),
-        captures_changed: mpsc::channel(1).0,
+        authority: arc_swap::ArcSwap::from_pointee(
+            Authority::generated(state.path(), Duration::from_secs(3600)).unwrap(),
+        ),
+        limits: Limits::default(),
+        acks: Acks::default(),
+        reports: mpsc::channel(1).0,
     };
     (Ca(Arc::new(shared)), publish, state)
 }
@@ -169,4 +169,65 @@ async fn tr_1_an_identity_is_refused_as_soon_as_its_pod_has_left_the_node() {
     assert!(granted(&ca, TOKENS[0].0, &id("web")).await);
     publish.send_replace(Arc::new(World::default()));
     assert!(!granted(&ca, TOKENS[0].0, &id("web")).await);
+}
+
+#[tokio::test]
+async fn tr_1_f61_a_pod_that_moves_takes_its_identity_with_it() {
+    let (ca, publish, _state) = ca();
+    let mut moved = World::clone(&publish.borrow());
+    let mut step = Step::default();
+    moved.remove_pod(&mut step, "web-a");
+    moved.put_pod(&mut step, pod("web", "b", true));
+    moved.close(step);
+    publish.send_replace(Arc::new(moved));
+    assert!(
+        !granted(&ca, TOKENS[0].0, &id("web")).await,
+        "the node that it left"
+    );
+    assert!(
+        granted(&ca, TOKENS[1].0, &id("web")).await,
+        "the node that it is on"
+    );
+}
+
+#[tokio::test]
+async fn t52_a_node_that_asks_for_certificates_without_end_is_refused_for_a_while() {
+    let (ca, _publish, _state) = ca();
+    let key = KeyPair::generate().unwrap();
+    let mut codes = std::collections::BTreeMap::<i32, u32>::new();
+    for _ in 0..1_500 {
+        // Refused ones cost as much as granted ones.
+        let answer = ca
+            .create_certificate(request(TOKENS[0].0, &id("nobody"), &key))
+            .await;
+        *codes.entry(answer.unwrap_err().code().into()).or_default() += 1;
+    }
+    let exhausted = codes.get(&tonic::Code::ResourceExhausted.into()).copied();
+    assert!(exhausted.is_some_and(|count| count > 100), "{codes:?}");
+    assert!(
+        granted(&ca, TOKENS[1].0, &id("cart")).await,
+        "another node is served"
+    );
+}
+
+#[tokio::test]
+async fn t52_deep_nesting_in_a_request_is_refused_before_it_is_read() {
+    use prost::Message;
+    // A bool in a list in a list…: fields `bool_value`, `list_value` and `values` of `google.protobuf`.
+    let wrap = |tag: u8, inner: &[u8]| {
+        let mut outer = vec![tag];
+        prost::encoding::encode_varint(inner.len() as u64, &mut outer);
+        outer.extend_from_slice(inner);
+        outer
+    };
+    let nested = |levels: usize| {
+        let mut bytes = vec![0x20, 0x01];
+        for _ in 0..levels {
+            bytes = wrap(0x32, &wrap(0x0a, &bytes));
+        }
+        bytes
+    };
+    prost_types::Value::decode(nested(10).as_slice()).unwrap();
+    let refused = prost_types::Value::decode(nested(5_000).as_slice()).unwrap_err();
+    assert!(refused.to_string().contains("recursion"), "{refused}");
 }

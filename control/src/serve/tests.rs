@@ -1,0 +1,200 @@
+//! The port as a whole, over loopback: who is served and what is refused.
+
+use super::*;
+use crate::{
+    index::{Index, tests::settings},
+    serve::tls::{Certificate, incoming, server_config},
+};
+use culvert_io::control::Control;
+use culvert_proto::{
+    ca::{IstioCertificateRequest, istio_certificate_service_client::IstioCertificateServiceClient},
+    discovery::{
+        DeltaDiscoveryRequest, aggregated_discovery_service_client::AggregatedDiscoveryServiceClient,
+    },
+    node::{NodeReport, node_service_client::NodeServiceClient},
+    type_url,
+};
+use std::{net::SocketAddr, time::Duration};
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::{TcpListener, TcpStream},
+};
+use tonic::{Code, Request, Status};
+
+const TOKEN: &str = "token-of-node-a-000";
+
+struct Port {
+    address: SocketAddr,
+    folder: tempfile::TempDir,
+    _publish: watch::Sender<Arc<World>>,
+    _reports: mpsc::Receiver<Report>,
+}
+
+async fn open() -> Port {
+    let folder = tempfile::tempdir().unwrap();
+    let authority = Authority::generated(folder.path(), Duration::from_secs(3600)).unwrap();
+    let certificate = Certificate::new(&authority, "control.example", &[]).unwrap();
+    let (publish, world) = watch::channel(Index::new(settings(), 0).apply(&[], vec![], 0).unwrap());
+    let (reports, heard) = mpsc::channel(64);
+    let tokens = [(TOKEN.to_owned(), "a".to_owned())].into();
+    let shared = Arc::new(Shared {
+        settings: settings(),
+        world,
+        source: "test".into(),
+        tokens: Tokens::new(tokens).unwrap(),
+        authority: ArcSwap::from_pointee(authority),
+        limits: Limits::default(),
+        acks: Acks::default(),
+        reports,
+    });
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    let config = server_config(Arc::new(certificate)).unwrap();
+    tokio::spawn(router(&shared).serve_with_incoming(incoming(listener, config)));
+    Port {
+        address,
+        folder,
+        _publish: publish,
+        _reports: heard,
+    }
+}
+
+impl Port {
+    fn control(&self, token: &str) -> Control {
+        let file = self.folder.path().join(format!("token-{}", token.len()));
+        std::fs::write(&file, token).unwrap();
+        Control {
+            address: format!("https://{}", self.address),
+            bundle: self.folder.path().join("root.pem"),
+            name: "control.example".into(),
+            token: file,
+        }
+    }
+
+    /// The answers of every API to a caller with this token.
+    async fn ask_all(&self, token: &str) -> [Result<(), Status>; 3] {
+        let control = self.control(token);
+        let (channel, credentials) = (control.channel().unwrap(), control.credentials());
+        let mut ca = IstioCertificateServiceClient::with_interceptor(channel.clone(), credentials.clone());
+        let mut ads =
+            AggregatedDiscoveryServiceClient::with_interceptor(channel.clone(), credentials.clone());
+        let mut nodes = NodeServiceClient::with_interceptor(channel, credentials);
+        let first = DeltaDiscoveryRequest {
+            type_url: type_url::MESH_CONFIG.to_owned(),
+            ..DeltaDiscoveryRequest::default()
+        };
+        use tokio_stream::StreamExt;
+        let discovered = async {
+            let requests = tokio_stream::iter([first]).chain(tokio_stream::pending());
+            let mut answers = ads.delta_aggregated_resources(requests).await?.into_inner();
+            answers.message().await.map(|_| ())
+        };
+        let discovered = discovered.await;
+        let attended = async {
+            let reports = tokio_stream::pending::<NodeReport>();
+            let mut orders = nodes.attend(reports).await?.into_inner();
+            orders.message().await.map(|_| ())
+        };
+        [
+            ca.create_certificate(IstioCertificateRequest::default())
+                .await
+                .map(|_| ()),
+            discovered,
+            attended.await,
+        ]
+    }
+}
+
+#[tokio::test]
+async fn t51_every_api_needs_the_token_of_a_node() {
+    let port = open().await;
+    for token in ["no-token-of-any-node", "token-of-node-a-00", "x"] {
+        for answer in port.ask_all(token).await {
+            assert_eq!(answer.unwrap_err().code(), Code::Unauthenticated, "{token:?}");
+        }
+    }
+    let [certificate, discovered, attended] = port.ask_all(TOKEN).await;
+    // It asks for no identity.
+    assert_eq!(certificate.unwrap_err().message(), "request not granted");
+    discovered.unwrap();
+    attended.unwrap();
+}
+
+#[tokio::test]
+async fn t51_t52_there_is_no_plaintext_and_garbage_is_let_go_of() {
+    let port = open().await;
+    for garbage in [
+        &b"GET /debug/pprof HTTP/1.1\r\n\r\n"[..],
+        b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
+        &[0x16, 0x03, 0x01, 0xff, 0xff, 0x01],
+        &[0xff; 4096],
+    ] {
+        let mut socket = TcpStream::connect(port.address).await.unwrap();
+        let _ = socket.write_all(garbage).await;
+        let mut answer = vec![];
+        let read = tokio::time::timeout(Duration::from_secs(10), socket.read_to_end(&mut answer));
+        let _ = read.await.expect("it is let go of within the deadline");
+        assert!(!answer.starts_with(b"HTTP"), "{answer:?}");
+    }
+    port.ask_all(TOKEN).await[1].as_ref().unwrap();
+}
+
+#[tokio::test]
+async fn t52_messages_without_measure_are_refused_before_they_are_taken_in() {
+    let port = open().await;
+    let control = port.control(TOKEN);
+    let mut ca =
+        IstioCertificateServiceClient::with_interceptor(control.channel().unwrap(), control.credentials());
+    let huge = IstioCertificateRequest {
+        csr: "x".repeat(8 << 20),
+        ..IstioCertificateRequest::default()
+    };
+    let refused = ca.create_certificate(huge).await.unwrap_err();
+    assert!(
+        matches!(
+            refused.code(),
+            Code::OutOfRange | Code::ResourceExhausted | Code::Cancelled | Code::Internal
+        ),
+        "{refused:?}"
+    );
+    let mut ads =
+        AggregatedDiscoveryServiceClient::with_interceptor(control.channel().unwrap(), control.credentials());
+    let huge = DeltaDiscoveryRequest {
+        type_url: type_url::ADDRESS.to_owned(),
+        resource_names_subscribe: vec!["x".repeat(16 << 20)],
+        ..DeltaDiscoveryRequest::default()
+    };
+    let answered = async {
+        let requests = tokio_stream::iter([huge]);
+        let mut answers = ads
+            .delta_aggregated_resources(Request::new(requests))
+            .await?
+            .into_inner();
+        answers.message().await
+    };
+    let answered = tokio::time::timeout(Duration::from_secs(10), answered)
+        .await
+        .unwrap();
+    assert!(!matches!(answered, Ok(Some(_))), "{answered:?}");
+    port.ask_all(TOKEN).await[1].as_ref().unwrap();
+}
+
+#[tokio::test]
+async fn t52_strangers_that_hold_connections_leave_room_for_nodes() {
+    let port = open().await;
+    let mut held = vec![];
+    for _ in 0..300 {
+        if let Ok(socket) = TcpStream::connect(port.address).await {
+            held.push(socket);
+        }
+    }
+    // All of them come from the node's own address, which is the worst case: their deadline is five seconds.
+    let started = std::time::Instant::now();
+    while started.elapsed() < Duration::from_secs(20) {
+        if port.ask_all(TOKEN).await[1].is_ok() {
+            return;
+        }
+        tokio::time::sleep(Duration::from_millis(200)).await;
+    }
+    panic!("a node is not served for {:?}", started.elapsed());
+}
