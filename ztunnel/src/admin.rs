@@ -1,20 +1,23 @@
 //! The pages of ztunnel: readiness, metrics, and what is open, each on its own port.
 //!
-//! Invariant: pages are read-only. Configuration and connections are shown on loopback alone (settled
-//! D22); an unknown path is 404.
+//! Invariant: configuration and connections are shown on loopback alone (settled D22), and so is the one
+//! thing that can be changed, the log's filter; every change leaves a record of target `audit`. An unknown
+//! path is 404.
 
-use crate::{connections::Way, context::Context};
+mod dump;
+
+use crate::context::Context;
 use bytes::Bytes;
 use http::{Method, Request, Response, StatusCode};
 use http_body_util::Full;
 use hyper::{body::Incoming, server::conn::http1, service::service_fn};
 use hyper_util::rt::{TokioIo, TokioTimer};
-use serde_json::{Value, json};
-use std::{convert::Infallible, io, net::SocketAddr, sync::Arc, sync::atomic::Ordering, time::Duration};
+use serde_json::Value;
+use std::{convert::Infallible, io, net::SocketAddr, sync::Arc, time::Duration};
 use tokio::{net::TcpListener, sync::Semaphore};
 
-/// Requests served at once on one port.
-const AT_ONCE: usize = 32;
+/// Requests served at once on one port, each holding its page.
+const AT_ONCE: usize = 8;
 /// How long a request's head may take.
 const HEAD_DEADLINE: Duration = Duration::from_secs(5);
 /// How long one connection may last.
@@ -73,33 +76,93 @@ pub async fn serve(listener: TcpListener, pages: Pages, context: Arc<Context>) {
 }
 
 fn respond(request: &Request<Incoming>, pages: Pages, context: &Context) -> Response<Full<Bytes>> {
-    if request.method() != Method::GET {
-        return page(StatusCode::METHOD_NOT_ALLOWED, "text/plain", "only GET\n");
+    let path = request.uri().path();
+    match (pages, request.method(), path) {
+        (Pages::Admin, &Method::POST, "/logging") => set_log(request.uri().query(), context),
+        (_, &Method::GET, _) => shown(pages, path, context),
+        _ => text(StatusCode::METHOD_NOT_ALLOWED, "only GET\n"),
     }
-    match (pages, request.uri().path()) {
+}
+
+fn shown(pages: Pages, path: &str, context: &Context) -> Response<Full<Bytes>> {
+    match (pages, path) {
         (Pages::Readiness, "/healthz/ready") => {
             if *context.drain.borrow() {
-                page(StatusCode::SERVICE_UNAVAILABLE, "text/plain", "draining\n")
+                text(StatusCode::SERVICE_UNAVAILABLE, "draining\n")
             } else if context.discovery.is_ready() {
-                page(StatusCode::OK, "text/plain", "ready\n")
+                text(StatusCode::OK, "ready\n")
             } else {
-                page(
+                text(
                     StatusCode::SERVICE_UNAVAILABLE,
-                    "text/plain",
                     "waiting for control's first answer\n",
                 )
             }
         }
-        (Pages::Metrics, "/metrics" | "/stats/prometheus") => page(
-            StatusCode::OK,
-            "text/plain; version=0.0.4",
-            context.metrics.text(),
-        ),
-        (Pages::Admin, "/config_dump") => json_page(&config_dump(context)),
-        (Pages::Admin, "/debug/connections") => json_page(&connections(context)),
-        (Pages::Admin, "/") => page(StatusCode::OK, "text/plain", "/config_dump\n/debug/connections\n"),
-        _ => page(StatusCode::NOT_FOUND, "text/plain", "no such page\n"),
+        (Pages::Metrics, "/metrics" | "/stats/prometheus") => {
+            let page_of_metrics = crate::metrics::page(context);
+            page(StatusCode::OK, "text/plain; version=0.0.4", page_of_metrics)
+        }
+        (Pages::Admin, "/config_dump") => json_page(&dump::config(context)),
+        (Pages::Admin, "/debug/connections") => json_page(&dump::connections(context)),
+        (Pages::Admin, "/logging") => text(StatusCode::OK, format!("{}\n", context.log.filter())),
+        (Pages::Admin, "/") => page(StatusCode::OK, "text/html; charset=utf-8", INDEX),
+        _ => text(StatusCode::NOT_FOUND, "no such page\n"),
     }
+}
+
+const INDEX: &str = "<!DOCTYPE html>
+<title>ztunnel</title>
+<h1>ztunnel</h1>
+<ul>
+<li><a href=\"/config_dump\">/config_dump</a>: what decisions depend on, keys excepted
+<li><a href=\"/debug/connections\">/debug/connections</a>: pods and their open connections
+<li><a href=\"/logging\">/logging</a>: the log filter; POST with ?level=FILTER sets it, with ?reset puts the first back
+</ul>
+";
+
+/// Changes the log filter, and leaves a record of it.
+fn set_log(query: Option<&str>, context: &Context) -> Response<Full<Bytes>> {
+    let before = context.log.filter();
+    let asked = query.unwrap_or_default();
+    let done = match asked.split_once('=') {
+        Some(("level", filter)) => context.log.set(&unescape(filter)),
+        _ if asked == "reset" || asked == "reset=" => context.log.reset(),
+        _ => {
+            return text(
+                StatusCode::BAD_REQUEST,
+                "POST /logging?level=FILTER or /logging?reset\n",
+            );
+        }
+    };
+    context.metrics.admin_calls.with_label_values(&["logging"]).inc();
+    let now = context.log.filter();
+    let error = done.as_ref().err().map(tracing::field::display);
+    // At a level that only `off` silences: whoever quietens the log is in it.
+    tracing::error!(target: "audit", call = "/logging", from = "loopback", before, now, error, "admin call");
+    match done {
+        Ok(()) => text(StatusCode::OK, format!("{now}\n")),
+        Err(error) => text(StatusCode::BAD_REQUEST, format!("{error}\n")),
+    }
+}
+
+/// Undoes percent escapes; what is no escape stays as it is.
+fn unescape(escaped: &str) -> String {
+    let mut bytes = vec![];
+    let mut rest = escaped.as_bytes();
+    while let Some((first, after)) = rest.split_first() {
+        let escape = after
+            .get(..2)
+            .filter(|hex| *first == b'%' && hex.iter().all(u8::is_ascii_hexdigit))
+            .and_then(|hex| std::str::from_utf8(hex).ok())
+            .and_then(|hex| u8::from_str_radix(hex, 16).ok());
+        bytes.push(escape.unwrap_or(*first));
+        rest = if escape.is_some() { &after[2..] } else { after };
+    }
+    String::from_utf8_lossy(&bytes).into_owned()
+}
+
+fn text(status: StatusCode, body: impl Into<Bytes>) -> Response<Full<Bytes>> {
+    page(status, "text/plain; charset=utf-8", body)
 }
 
 fn page(status: StatusCode, kind: &'static str, body: impl Into<Bytes>) -> Response<Full<Bytes>> {
@@ -115,114 +178,22 @@ fn json_page(value: &Value) -> Response<Full<Bytes>> {
     page(StatusCode::OK, "application/json", format!("{value:#}\n"))
 }
 
-/// Everything that decisions depend on, keys excepted.
-fn config_dump(context: &Context) -> Value {
-    let snapshot = context.discovery.snapshot();
-    let workloads: Vec<_> = snapshot
-        .workloads()
-        .map(|workload| {
-            json!({
-                "uid": workload.uid.as_str(),
-                "name": &*workload.name,
-                "namespace": &*workload.namespace,
-                "serviceAccount": &*workload.service_account,
-                "identity": workload.identity.as_str(),
-                "workloadIps": workload.addresses,
-                "protocol": format!("{:?}", workload.protocol),
-                "node": &*workload.node,
-                "status": format!("{:?}", workload.health),
-                "authorizationPolicies": workload.policies.iter().map(|key| key.as_str()).collect::<Vec<_>>(),
-            })
-        })
-        .collect();
-    let services: Vec<_> = snapshot
-        .services()
-        .map(|service| {
-            json!({
-                "name": &*service.name,
-                "namespace": service.namespace(),
-                "hostname": service.hostname(),
-                "vips": service.vips.iter().map(|vip| vip.resource_name()).collect::<Vec<_>>(),
-                "endpoints": snapshot.endpoints(&service.key).iter().map(|w| w.uid.as_str()).collect::<Vec<_>>(),
-            })
-        })
-        .collect();
-    let policies = |set: &culvert_core::snapshot::PolicySet| {
-        set.iter()
-            .map(|policy| {
-                json!({
-                    "name": policy.key.name(),
-                    "namespace": policy.key.namespace(),
-                    "scope": format!("{:?}", policy.scope),
-                    "action": format!("{:?}", policy.action),
-                    "dryRun": policy.dry_run,
-                    "defect": policy.defect,
-                    "rules": format!("{:?}", policy.rules),
-                })
-            })
-            .collect::<Vec<_>>()
-    };
-    let certificates: Vec<_> = context
-        .identities
-        .all()
-        .into_iter()
-        .map(|(id, held)| {
-            json!({
-                "identity": id.as_str(),
-                "state": if held.is_some() { "available" } else { "unavailable" },
-                "serialNumber": held.as_ref().map(|held| held.svid.serial().to_owned()),
-                "expirationTime": held.as_ref().and_then(|held| {
-                    held.svid.not_after().duration_since(std::time::UNIX_EPOCH).ok().map(|time| time.as_secs())
-                }),
-            })
-        })
-        .collect();
-    json!({
-        "version": env!("CARGO_PKG_VERSION"),
-        "generation": snapshot.generation,
-        "workloads": workloads,
-        "services": services,
-        "policies": policies(&snapshot.inbound),
-        "outboundPolicies": policies(&snapshot.outbound),
-        "certificates": certificates,
-    })
-}
+#[cfg(test)]
+mod tests {
+    use super::unescape;
 
-fn connections(context: &Context) -> Value {
-    let pods: Vec<_> = context
-        .pods
-        .all()
-        .iter()
-        .map(|pod| {
-            let open: Vec<_> = pod
-                .connections
-                .all()
-                .iter()
-                .map(|connection| {
-                    json!({
-                        "direction": connection.facts.way.direction(),
-                        "src": connection.facts.source.to_string(),
-                        "dst": connection.facts.destination.to_string(),
-                        "peer": connection.facts.way.peer().map(|peer| peer.as_str()),
-                        "protocol": match connection.facts.way {
-                            Way::OutboundTunnel { .. } | Way::InboundTunnel { .. } => "HBONE",
-                            Way::OutboundDirect { .. } | Way::InboundPlaintext => "TCP",
-                        },
-                        "bytesReceived": connection.flow.received.load(Ordering::Relaxed),
-                        "bytesSent": connection.flow.sent.load(Ordering::Relaxed),
-                        "ageSeconds": connection.opened.elapsed().as_secs(),
-                    })
-                })
-                .collect();
-            json!({
-                "uid": pod.uid.as_str(),
-                "name": pod.name,
-                "namespace": pod.namespace,
-                "addresses": pod.addresses,
-                "tunnels": pod.tunnels.count(),
-                "connections": open,
-            })
-        })
-        .collect();
-    json!({ "pods": pods })
+    #[test]
+    fn percent_escapes_are_undone_and_nothing_else_is() {
+        for (escaped, want) in [
+            ("info", "info"),
+            ("info%2Caccess%3Ddebug", "info,access=debug"),
+            ("a%", "a%"),
+            ("a%2", "a%2"),
+            ("a%zz", "a%zz"),
+            ("%+1", "%+1"),
+            ("", ""),
+        ] {
+            assert_eq!(unescape(escaped), want, "{escaped}");
+        }
+    }
 }

@@ -1,6 +1,7 @@
 //! The command line, read once into checked values.
 
 use clap::{Parser, ValueEnum};
+use culvert_io::log::Format;
 use std::{net::SocketAddr, path::PathBuf, time::Duration};
 
 /// The node's L4 proxy: captures pods' connections and carries them by HBONE.
@@ -63,11 +64,12 @@ pub struct Config {
     #[arg(long, env = "CULVERT_DISCOVERY", value_enum, default_value_t = Discovery::OnDemand)]
     pub discovery: Discovery,
 
-    /// Form of the log.
-    #[arg(long, env = "CULVERT_LOG_FORMAT", value_enum, default_value_t = LogFormat::Text)]
-    pub log_format: LogFormat,
+    /// Form of the log: `text` or `json`.
+    #[arg(long, env = "CULVERT_LOG_FORMAT", default_value = "text")]
+    pub log_format: Format,
 
-    /// Log filter, in the syntax of `tracing-subscriber`'s `EnvFilter`.
+    /// Log filter, in the syntax of `tracing-subscriber`'s `EnvFilter`. The access log is target `access`:
+    /// `access=off` silences it, `access=warn` leaves refusals, `access=debug` adds connections that open.
     #[arg(long, env = "CULVERT_LOG", default_value = "info")]
     pub log: String,
 
@@ -80,6 +82,30 @@ pub struct Config {
     pub max_pending: usize,
 }
 
+impl Config {
+    /// What the admin page shows: where the token is, never what it is.
+    pub fn shown(&self) -> serde_json::Value {
+        serde_json::json!({
+            "agentSocket": self.agent_socket,
+            "control": self.control,
+            "controlCa": self.control_ca,
+            "controlName": self.control_name,
+            "token": self.token,
+            "node": self.node,
+            "admin": self.admin,
+            "metrics": self.metrics,
+            "readiness": self.readiness,
+            "workers": self.workers,
+            "drainTime": format!("{:?}", self.drain_time),
+            "discovery": format!("{:?}", self.discovery),
+            "logFormat": format!("{:?}", self.log_format),
+            "log": self.log,
+            "maxConnections": self.max_connections,
+            "maxPending": self.max_pending,
+        })
+    }
+}
+
 /// How much of the mesh a node learns.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum Discovery {
@@ -87,13 +113,6 @@ pub enum Discovery {
     OnDemand,
     /// Everything.
     Wildcard,
-}
-
-/// Form of the log.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-pub enum LogFormat {
-    Text,
-    Json,
 }
 
 /// Reads `500ms`, `30s`, `5m` or `1h`.

@@ -1,9 +1,12 @@
 //! The connections open now, of one pod.
 //!
 //! Invariant: a connection is listed for exactly as long as it lives. Dropping its [`Open`] takes it off
-//! the list and writes its closing record, so cancellation counts too.
+//! the list and, if it had opened, writes its closing record, so cancellation counts too.
 
-use crate::metrics::{Ends, Metrics};
+use crate::{
+    access::{self, Cut, Known},
+    metrics::{Ends, Flag, Metrics, OpenSockets, Reporter},
+};
 use culvert_core::{
     hbone::Authority,
     ids::{ServiceKey, SpiffeId, WorkloadUid},
@@ -14,7 +17,7 @@ use std::{
     collections::HashMap,
     net::{IpAddr, SocketAddr},
     sync::{
-        Arc,
+        Arc, OnceLock,
         atomic::{AtomicU64, Ordering},
     },
     time::Instant,
@@ -54,11 +57,15 @@ pub enum Way {
 }
 
 impl Way {
-    pub fn direction(&self) -> &'static str {
+    pub fn reporter(&self) -> Reporter {
         match self {
-            Self::OutboundTunnel { .. } | Self::OutboundDirect { .. } => "outbound",
-            Self::InboundTunnel { .. } | Self::InboundPlaintext => "inbound",
+            Self::OutboundTunnel { .. } | Self::OutboundDirect { .. } => Reporter::Source,
+            Self::InboundTunnel { .. } | Self::InboundPlaintext => Reporter::Destination,
         }
+    }
+
+    pub fn direction(&self) -> &'static str {
+        self.reporter().direction()
     }
 
     pub fn peer(&self) -> Option<&SpiffeId> {
@@ -67,13 +74,46 @@ impl Way {
             Self::OutboundDirect { .. } | Self::InboundPlaintext => None,
         }
     }
+
+    /// Sockets that it holds here: the pod's own, and in plaintext the other end's.
+    fn sockets(&self) -> i64 {
+        match self {
+            Self::OutboundTunnel { .. } | Self::InboundTunnel { .. } => 1,
+            Self::OutboundDirect { .. } | Self::InboundPlaintext => 2,
+        }
+    }
 }
 
 /// One open connection.
 pub struct Connection {
     pub facts: Facts,
+    pub known: Known,
     pub flow: Flow,
     pub opened: Instant,
+    ends: Ends,
+    /// Bytes that the pair's counters have been told of, each way.
+    told: Mutex<(u64, u64)>,
+    cut: OnceLock<Box<Cut>>,
+}
+
+impl Connection {
+    /// Resets it on both sides, and keeps why.
+    pub fn cut(&self, why: Cut) {
+        // The first reason is the one.
+        let _ = self.cut.set(Box::new(why));
+        self.flow.cut();
+    }
+
+    /// Tells the counters of its pair what it has moved since it last did.
+    pub fn tell(&self) {
+        let mut told = self.told.lock();
+        let now = (
+            self.flow.received.load(Ordering::Relaxed),
+            self.flow.sent.load(Ordering::Relaxed),
+        );
+        self.ends.moved(now.0 - told.0, now.1 - told.1);
+        *told = now;
+    }
 }
 
 /// The open connections of a pod, bounded.
@@ -97,19 +137,18 @@ impl Connections {
         }
     }
 
-    /// Lists a connection.
-    pub fn open<'c>(
-        &'c self,
-        facts: Facts,
-        identity: &SpiffeId,
-        ends: Ends,
-        metrics: &Metrics,
-    ) -> Result<Open<'c>, AtLimit> {
+    /// Lists a connection; from now on it can be cut.
+    pub fn open<'c>(&'c self, facts: Facts, known: &Known, metrics: &Metrics) -> Result<Open<'c>, AtLimit> {
         let id = self.next.fetch_add(1, Ordering::Relaxed);
+        let (reporter, sockets) = (facts.way.reporter(), facts.way.sockets());
         let connection = Arc::new(Connection {
             facts,
+            known: known.clone(),
             flow: Flow::default(),
             opened: Instant::now(),
+            ends: known.ends(metrics),
+            told: Mutex::default(),
+            cut: OnceLock::new(),
         });
         {
             let mut open = self.open.lock();
@@ -118,24 +157,13 @@ impl Connections {
             }
             open.insert(id, connection.clone());
         }
-        ends.opened.inc();
-        metrics
-            .open
-            .with_label_values(&[connection.facts.way.direction()])
-            .inc();
-        let gauge = metrics
-            .open
-            .with_label_values(&[connection.facts.way.direction()]);
-        tracing::debug!(target: "access", source = %connection.facts.source, destination = %connection.facts.destination,
-            direction = connection.facts.way.direction(), "connection opened");
         Ok(Open {
             all: self,
             id,
             connection,
-            ends,
-            gauge,
-            identity: identity.clone(),
-            error: None,
+            _gauge: metrics.open(reporter, sockets),
+            has_opened: false,
+            fault: None,
         })
     }
 
@@ -147,8 +175,10 @@ impl Connections {
         self.open.lock().values().cloned().collect()
     }
 
-    pub fn cut_all(&self) {
-        self.all().iter().for_each(|connection| connection.flow.cut());
+    pub fn cut_all(&self, reason: &'static str) {
+        self.all()
+            .iter()
+            .for_each(|connection| connection.cut(Cut::because(reason)));
     }
 }
 
@@ -157,46 +187,47 @@ pub struct Open<'c> {
     all: &'c Connections,
     id: u64,
     pub connection: Arc<Connection>,
-    ends: Ends,
-    gauge: prometheus::IntGauge,
-    identity: SpiffeId,
-    error: Option<String>,
+    _gauge: OpenSockets,
+    has_opened: bool,
+    fault: Option<Fault>,
 }
 
 impl Open<'_> {
+    /// Both ends are connected: it counts, and will have a closing record.
+    pub fn opened(&mut self) {
+        self.has_opened = true;
+        self.connection.ends.opened();
+        access::opened(&self.connection.known);
+    }
+
     /// Says how it ended; without this, as cancelled.
     pub fn ended(mut self, outcome: Result<(), Fault>) {
-        self.error = outcome.err().map(|fault| fault.to_string());
+        self.fault = outcome.err();
     }
 }
 
 impl Drop for Open<'_> {
     fn drop(&mut self) {
         self.all.open.lock().remove(&self.id);
-        self.gauge.dec();
-        let Connection { facts, flow, opened } = &*self.connection;
-        let (received, sent) = (
-            flow.received.load(Ordering::Relaxed),
-            flow.sent.load(Ordering::Relaxed),
+        if !self.has_opened {
+            return;
+        }
+        let connection = &*self.connection;
+        connection.tell();
+        let cut = connection.cut.get().map(AsRef::as_ref);
+        connection
+            .ends
+            .closed(cut.map_or(Flag::None, |cut| match cut.policy {
+                Some(_) => Flag::Deny,
+                None => Flag::None,
+            }));
+        let took = connection.opened.elapsed();
+        access::complete(
+            &connection.known,
+            &connection.flow,
+            took,
+            self.fault.as_ref(),
+            cut,
         );
-        self.ends.closed.inc();
-        self.ends.received.inc_by(received);
-        self.ends.sent.inc_by(sent);
-        let (own, peer) = (
-            self.identity.as_str(),
-            facts.way.peer().map(SpiffeId::as_str).unwrap_or_default(),
-        );
-        let outbound = facts.way.direction() == "outbound";
-        let (source, destination) = if outbound { (own, peer) } else { (peer, own) };
-        tracing::info!(
-            target: "access", { src.addr = %facts.source,
-            src.identity = source,
-            dst.addr = %facts.destination,
-            dst.identity = destination,
-            direction = facts.way.direction(),
-            bytes_recv = received,
-            bytes_sent = sent,
-            duration = %format_args!("{}ms", opened.elapsed().as_millis()),
-            error = self.error.as_deref() }, "connection complete");
     }
 }

@@ -1,8 +1,10 @@
 //! What every part of the data path shares.
 
 use crate::{metrics::Metrics, node_protocol::Declarations, pods::Pods};
-use culvert_io::{identity::Identities, xds::Discovery};
-use std::time::Duration;
+use culvert_io::{identity::Identities, log::Log, xds::Discovery};
+use culvert_proto::agent::AgentStats;
+use parking_lot::Mutex;
+use std::time::{Duration, Instant};
 use tokio::sync::watch;
 
 /// Shared by reference by all workers.
@@ -11,10 +13,30 @@ pub struct Context {
     pub identities: Identities,
     pub pods: Pods,
     pub metrics: Metrics,
+    pub agent: AgentReport,
+    pub log: Log,
+    /// The command line as it was understood, for the admin page.
+    pub settings: serde_json::Value,
     pub declarations: Declarations,
     pub limits: Limits,
     /// Turns true once: no new connections from then on.
     pub drain: watch::Sender<bool>,
+}
+
+/// What the agent last said of itself, and when. It has no port of its own: its counters go out with ours.
+#[derive(Default)]
+pub struct AgentReport(Mutex<Option<(Instant, AgentStats)>>);
+
+impl AgentReport {
+    pub fn take(&self, stats: AgentStats) {
+        *self.0.lock() = Some((Instant::now(), stats));
+    }
+
+    /// The last report and its age.
+    pub fn last(&self) -> Option<(Duration, AgentStats)> {
+        let last = self.0.lock();
+        last.as_ref().map(|(at, stats)| (at.elapsed(), stats.clone()))
+    }
 }
 
 /// Bounds of one workload.

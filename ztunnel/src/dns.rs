@@ -14,12 +14,13 @@ mod question;
 
 use crate::{accept::Accepted, context::Context, pods::Pod};
 use answer::{Answer, answer};
+use culvert_core::mesh::Workload;
 use question::Question;
 use std::{
     io,
     net::{IpAddr, SocketAddr},
     sync::Arc,
-    time::Duration,
+    time::{Duration, Instant},
 };
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
@@ -138,13 +139,23 @@ impl Server {
                 return None;
             }
         };
+        let own = {
+            let snapshot = self.context.discovery.snapshot();
+            snapshot.workload(&self.pod.workload_uid).cloned()
+        };
+        let labels = Labels {
+            kind: question.kind(),
+            transport,
+            own,
+        };
+        labels.of(&self.context.metrics.dns_requests).inc();
         let decided = match self.own_answer(&question).await {
             Some(answer) => {
                 count(answer.outcome());
                 Ok(question.reply(&answer, transport))
             }
             None => {
-                let forwarded = self.forward(query, &question, transport).await;
+                let forwarded = self.forward_counted(query, &question, &labels).await;
                 count(if forwarded.is_ok() { "forwarded" } else { "failed" });
                 forwarded
             }
@@ -171,6 +182,25 @@ impl Server {
         .filter(|decided| !matches!(decided, Answer::Forward | Answer::Ask(_)))
     }
 
+    async fn forward_counted(
+        &self,
+        query: &[u8],
+        question: &Question,
+        labels: &Labels,
+    ) -> Result<Vec<u8>, DnsError> {
+        let metrics = &self.context.metrics;
+        labels.of(&metrics.dns_upstream_requests).inc();
+        let started = Instant::now();
+        let forwarded = self.forward(query, question, labels.transport).await;
+        labels
+            .of(&metrics.dns_upstream_seconds)
+            .observe(started.elapsed().as_secs_f64());
+        if forwarded.is_err() {
+            labels.of(&metrics.dns_upstream_failures).inc();
+        }
+        forwarded
+    }
+
     async fn forward(
         &self,
         query: &[u8],
@@ -188,6 +218,32 @@ impl Server {
                 forward::by_tcp(socket, self.resolver, query, question).await
             }
         }
+    }
+}
+
+/// What a query counts under.
+struct Labels {
+    kind: &'static str,
+    transport: Transport,
+    own: Option<Arc<Workload>>,
+}
+
+impl Labels {
+    fn of<T: prometheus::core::MetricVecBuilder>(&self, family: &prometheus::core::MetricVec<T>) -> T::M {
+        let protocol = match self.transport {
+            Transport::Udp => "udp",
+            Transport::Tcp => "tcp",
+        };
+        let named = |text: fn(&Workload) -> &str| {
+            let text = self.own.as_deref().map(text).unwrap_or_default();
+            if text.is_empty() { "unknown" } else { text }
+        };
+        family.with_label_values(&[
+            self.kind,
+            protocol,
+            named(|own| &own.canonical_name),
+            named(|own| &own.canonical_revision),
+        ])
     }
 }
 

@@ -11,6 +11,7 @@
 #![forbid(unsafe_code)]
 
 mod accept;
+mod access;
 mod admin;
 mod config;
 mod connections;
@@ -32,9 +33,9 @@ mod workers;
 
 use anyhow::Context as _;
 use clap::Parser;
-use config::{Config, Discovery, LogFormat};
+use config::{Config, Discovery};
 use context::{Context, Limits};
-use culvert_io::{control::Control, identity::Identities, xds};
+use culvert_io::{control::Control, identity::Identities, log, xds};
 use std::{collections::HashMap, sync::Arc, time::Duration};
 use tokio::{
     signal::unix::{SignalKind, signal},
@@ -51,7 +52,7 @@ fn main() -> anyhow::Result<()> {
     privilege::give_up()?;
     // Before any other thread exists, so that none is without it.
     seccomp::confine()?;
-    log(&config)?;
+    let (log, _flush) = log::start(&config.log, config.log_format)?;
     anyhow::ensure!(
         config.admin.ip().is_loopback(),
         "--admin {} is not a loopback address",
@@ -61,21 +62,10 @@ fn main() -> anyhow::Result<()> {
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()?;
-    runtime.block_on(run(config, workers))
+    runtime.block_on(run(config, workers, log))
 }
 
-fn log(config: &Config) -> anyhow::Result<()> {
-    let filter = tracing_subscriber::EnvFilter::try_new(&config.log)
-        .with_context(|| format!("--log {:?} is not a filter", config.log))?;
-    let builder = tracing_subscriber::fmt().with_env_filter(filter).with_ansi(false);
-    match config.log_format {
-        LogFormat::Text => builder.init(),
-        LogFormat::Json => builder.json().flatten_event(true).init(),
-    }
-    Ok(())
-}
-
-async fn run(config: Config, workers: workers::Workers) -> anyhow::Result<()> {
+async fn run(config: Config, workers: workers::Workers, log: log::Log) -> anyhow::Result<()> {
     let control = Control {
         address: config.control.clone(),
         bundle: config.control_ca.clone(),
@@ -98,6 +88,9 @@ async fn run(config: Config, workers: workers::Workers) -> anyhow::Result<()> {
         identities: Identities::new(&control)?,
         pods: pods::Pods::default(),
         metrics: metrics::Metrics::new()?,
+        agent: context::AgentReport::default(),
+        log,
+        settings: config.shown(),
         declarations,
         limits: Limits {
             connections: config.max_connections,
@@ -128,6 +121,7 @@ async fn run(config: Config, workers: workers::Workers) -> anyhow::Result<()> {
     tokio::spawn(node.run());
     tokio::spawn(recheck::run(context.clone()));
     tokio::spawn(outbound::tunnel::sweep(context.clone()));
+    tokio::spawn(forget_idle_series(context.clone()));
     let mut terminate = signal(SignalKind::terminate())?;
     tokio::select! {
         _ = terminate.recv() => {
@@ -137,6 +131,13 @@ async fn run(config: Config, workers: workers::Workers) -> anyhow::Result<()> {
     }
     drain(&context, config.drain_time).await;
     Ok(())
+}
+
+async fn forget_idle_series(context: Arc<Context>) {
+    loop {
+        tokio::time::sleep(Duration::from_secs(60)).await;
+        context.metrics.sweep(std::time::Instant::now());
+    }
 }
 
 /// Lets open connections end by themselves, for a while.
@@ -161,7 +162,7 @@ async fn drain(context: &Context, patience: Duration) {
             .pods
             .all()
             .iter()
-            .for_each(|pod| pod.connections.cut_all());
+            .for_each(|pod| pod.connections.cut_all("drain"));
         tokio::time::sleep(Duration::from_millis(200)).await;
     }
 }

@@ -1,189 +1,192 @@
-//! What ztunnel counts. Names, labels and meanings stand here alone.
+//! What ztunnel counts. Names, labels and meanings stand here and in `metrics/read.rs` alone.
 //!
-//! Labels are closed words or mesh names, never addresses. Invariant: the number of series is bounded;
-//! beyond [`MAX_PAIRS`] pairs of workloads, further ones count under `overflow`.
+//! ```text
+//! connection ──Known──▶ pairs (labels looked up once) ─┐
+//! tunnels, policies, DNS ──▶ families ─────────────────┼▶ page
+//! SVIDs, quotas, the agent, the process ──▶ read ──────┘
+//! ```
+//! Labels are closed words or mesh names, never addresses. Invariant: the number of series is bounded, and
+//! series that nothing counts in go after a while.
 
-use culvert_core::{ids::SpiffeId, mesh::Workload};
-use prometheus::{
-    Encoder, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts, Registry,
-    TextEncoder,
+mod pairs;
+mod read;
+
+pub use pairs::{Ends, Flag, Party};
+
+use culvert_core::{ids::PolicyKey, policy::Denial};
+use culvert_io::metrics::{Bounded, Page};
+use pairs::Pairs;
+use prometheus::{Histogram, HistogramVec, IntCounterVec, IntGauge, IntGaugeVec, Registry};
+use std::{
+    ops::Deref,
+    time::{Duration, Instant},
 };
-use std::{collections::HashSet, sync::Arc};
 
-/// Pairs of source and destination that have series of their own.
-const MAX_PAIRS: usize = 10_000;
-
-/// All metrics of a ztunnel.
-pub struct Metrics {
-    registry: Registry,
-    opened: IntCounterVec,
-    closed: IntCounterVec,
-    received: IntCounterVec,
-    sent: IntCounterVec,
-    pairs: parking_lot::Mutex<HashSet<[Arc<str>; 4]>>,
-    /// Connections open now.
-    pub open: IntGaugeVec,
-    /// Connections refused, by direction and reason.
-    pub refused: IntCounterVec,
-    /// Connections admitted that a dry-run policy would refuse.
-    pub would_deny: IntCounterVec,
-    /// Tunnels brought up or failed, by direction and outcome.
-    pub tunnels: IntCounterVec,
-    /// Seconds from the first byte to the end of a handshake.
-    pub handshake_seconds: HistogramVec,
-    /// Connections cut because they are no longer allowed.
-    pub cut: IntCounterVec,
-    /// Seconds from a snapshot's publication to the end of its recheck.
-    pub recheck_seconds: prometheus::Histogram,
-    /// DNS queries, by what became of them.
-    pub dns: IntCounterVec,
-    /// Pods served now.
-    pub pods: IntGauge,
-    /// Number of the snapshot in use.
-    pub snapshot_generation: IntGauge,
-    /// Workloads known now.
-    pub workloads: IntGauge,
+culvert_io::metrics! {
+    /// Families that count as things happen.
+    pub struct Families {
+        /// Sockets of pods' connections open now: one for a tunnelled connection, two for plaintext.
+        sockets_open: IntGaugeVec = "istio_tcp_sockets_open" ["reporter"],
+        /// Queries of pods.
+        dns_requests: IntCounterVec = "istio_dns_requests_total" ["request_query_type", "request_protocol", "source_canonical_service", "source_canonical_revision"],
+        /// Queries forwarded to the resolver that was asked.
+        dns_upstream_requests: IntCounterVec = "istio_dns_upstream_requests_total" ["request_query_type", "request_protocol", "source_canonical_service", "source_canonical_revision"],
+        /// Forwarded queries without an answer.
+        dns_upstream_failures: IntCounterVec = "istio_dns_upstream_failures_total" ["request_query_type", "request_protocol", "source_canonical_service", "source_canonical_revision"],
+        /// How long the resolver took to answer.
+        dns_upstream_seconds: HistogramVec = "istio_dns_upstream_request_duration_seconds" ["request_query_type", "request_protocol", "source_canonical_service", "source_canonical_revision"],
+        /// Connections open now.
+        open: IntGaugeVec = "culvert_connections_open" ["direction"],
+        /// Connections refused, by the log's word for the reason.
+        refused: IntCounterVec = "culvert_connections_refused_total" ["direction", "reason"],
+        /// Open connections cut because they are no longer allowed.
+        cut: IntCounterVec = "culvert_connections_cut_total" ["direction"],
+        /// Verdicts on new connections: `allow`, `deny`, and `would_deny` where a dry-run policy would refuse. `-` stands for no policy in force.
+        decisions: Bounded = "culvert_policy_decisions_total" ["direction", "verdict", "policy"],
+        /// Tunnels open now.
+        tunnels_open: IntGaugeVec = "culvert_tunnels_open" ["direction"],
+        /// Handshakes by how they ended: `up`, or the reason of the failure.
+        tunnels: IntCounterVec = "culvert_tunnels_total" ["direction", "outcome"],
+        /// Streams asked of a pod's pool: `reused` a tunnel, or `dialled` one.
+        checkouts: IntCounterVec = "culvert_pool_checkouts_total" ["outcome"],
+        /// How long a tunnel took to come up; outbound from the dial, inbound from the accepted connection.
+        handshake_seconds: HistogramVec = "culvert_handshake_duration_seconds" ["direction"],
+        /// How long the application took to accept a connection.
+        application_seconds: Histogram = "culvert_application_connect_duration_seconds" [],
+        /// From a snapshot to the last cut that it asked for.
+        recheck_seconds: Histogram = "culvert_recheck_duration_seconds" [],
+        /// Queries by what became of them.
+        dns: IntCounterVec = "culvert_dns_queries_total" ["outcome"],
+        /// Pods served now.
+        pods: IntGauge = "culvert_pods" [],
+        /// Number of the snapshot in use.
+        snapshot_generation: IntGauge = "culvert_snapshot_generation" [],
+        /// Workloads known now.
+        workloads: IntGauge = "culvert_workloads" [],
+        /// Calls of the admin page that change something.
+        admin_calls: IntCounterVec = "culvert_admin_calls_total" ["call"],
+    }
 }
 
-const PAIR: [&str; 9] = [
-    "reporter",
-    "source_workload",
-    "source_workload_namespace",
-    "source_principal",
-    "destination_workload",
-    "destination_workload_namespace",
-    "destination_principal",
-    "request_protocol",
-    "connection_security_policy",
-];
+/// All metrics of a ztunnel; its families are reached as its own fields.
+pub struct Metrics {
+    registry: Registry,
+    families: Families,
+    pairs: Pairs,
+    outbound: Directed,
+    inbound: Directed,
+}
+
+/// What is looked up for every connection, looked up once.
+struct Directed {
+    open: IntGauge,
+    sockets: IntGauge,
+}
+
+impl Deref for Metrics {
+    type Target = Families;
+
+    fn deref(&self) -> &Families {
+        &self.families
+    }
+}
+
+/// Series that have not counted for so long go.
+const IDLE: Duration = Duration::from_secs(15 * 60);
 
 impl Metrics {
     pub fn new() -> Result<Self, prometheus::Error> {
         let registry = Registry::new();
-        let counter = |name: &str, help: &str, labels: &[&str]| {
-            let family = IntCounterVec::new(Opts::new(name, help), labels)?;
-            registry.register(Box::new(family.clone()))?;
-            Ok::<_, prometheus::Error>(family)
+        let families = Families::declare(&registry)?;
+        let directed = |reporter: Reporter| Directed {
+            open: families.open.with_label_values(&[reporter.direction()]),
+            sockets: families.sockets_open.with_label_values(&[reporter.word()]),
         };
-        let gauge = |name: &str, help: &str| {
-            let gauge = IntGauge::new(name, help)?;
-            registry.register(Box::new(gauge.clone()))?;
-            Ok::<_, prometheus::Error>(gauge)
-        };
-        let open = IntGaugeVec::new(
-            Opts::new("culvert_connections_open", "Connections open now"),
-            &["direction"],
-        )?;
-        registry.register(Box::new(open.clone()))?;
-        let handshake_seconds = HistogramVec::new(
-            HistogramOpts::new(
-                "culvert_handshake_duration_seconds",
-                "Seconds a tunnel took to come up",
-            ),
-            &["direction"],
-        )?;
-        registry.register(Box::new(handshake_seconds.clone()))?;
-        let recheck_seconds = prometheus::Histogram::with_opts(HistogramOpts::new(
-            "culvert_recheck_duration_seconds",
-            "Seconds from a snapshot to the end of its recheck of open connections",
-        ))?;
-        registry.register(Box::new(recheck_seconds.clone()))?;
         Ok(Self {
-            opened: counter("istio_tcp_connections_opened_total", "Connections opened", &PAIR)?,
-            closed: counter("istio_tcp_connections_closed_total", "Connections closed", &PAIR)?,
-            received: counter(
-                "istio_tcp_received_bytes_total",
-                "Bytes from the initiator",
-                &PAIR,
-            )?,
-            sent: counter("istio_tcp_sent_bytes_total", "Bytes back to the initiator", &PAIR)?,
-            pairs: parking_lot::Mutex::default(),
-            open,
-            refused: counter(
-                "culvert_connections_refused_total",
-                "Connections refused",
-                &["direction", "reason"],
-            )?,
-            would_deny: counter(
-                "culvert_would_deny_total",
-                "Connections admitted that a dry-run policy would refuse",
-                &["direction"],
-            )?,
-            tunnels: counter(
-                "culvert_tunnels_total",
-                "Tunnels by outcome",
-                &["direction", "outcome"],
-            )?,
-            handshake_seconds,
-            dns: counter(
-                "culvert_dns_queries_total",
-                "DNS queries by outcome",
-                &["outcome"],
-            )?,
-            cut: counter(
-                "culvert_connections_cut_total",
-                "Connections cut by a change",
-                &["direction"],
-            )?,
-            recheck_seconds,
-            pods: gauge("culvert_pods", "Pods served")?,
-            snapshot_generation: gauge("culvert_snapshot_generation", "Number of the snapshot in use")?,
-            workloads: gauge("culvert_workloads", "Workloads known")?,
+            outbound: directed(Reporter::Source),
+            inbound: directed(Reporter::Destination),
+            pairs: Pairs::new(),
             registry,
+            families,
         })
     }
 
     /// The counters of one connection, looked up once.
-    pub fn ends(&self, reporter: Reporter, source: Party<'_>, destination: Party<'_>) -> Ends {
-        let (mut source, mut destination) = (source.labels(), destination.labels());
-        let pair =
-            [&source[0], &source[1], &destination[0], &destination[1]].map(|text| Arc::from(text.as_str()));
-        {
-            let mut pairs = self.pairs.lock();
-            if !pairs.contains(&pair) {
-                if pairs.len() < MAX_PAIRS {
-                    pairs.insert(pair);
-                } else {
-                    source = std::array::from_fn(|_| "overflow".to_owned());
-                    destination = source.clone();
-                }
-            }
-        }
-        let secure = if source[2] == "unknown" || destination[2] == "unknown" {
-            "unknown"
-        } else {
-            "mutual_tls"
+    pub fn ends(&self, reporter: Reporter, party: &Party<'_>) -> Ends {
+        self.pairs.of(reporter, party)
+    }
+
+    /// Counts a connection, of so many sockets, as open until the value is dropped.
+    pub fn open(&self, reporter: Reporter, sockets: i64) -> OpenSockets {
+        let directed = match reporter {
+            Reporter::Source => &self.outbound,
+            Reporter::Destination => &self.inbound,
         };
-        let labels = [
-            reporter.word(),
-            &source[0],
-            &source[1],
-            &source[2],
-            &destination[0],
-            &destination[1],
-            &destination[2],
-            "tcp",
-            secure,
-        ];
-        Ends {
-            opened: self.opened.with_label_values(&labels),
-            closed: self.closed.with_label_values(&labels),
-            received: self.received.with_label_values(&labels),
-            sent: self.sent.with_label_values(&labels),
+        directed.open.inc();
+        directed.sockets.add(sockets);
+        OpenSockets {
+            open: directed.open.clone(),
+            of: directed.sockets.clone(),
+            sockets,
         }
     }
 
-    /// The page that Prometheus scrapes.
-    pub fn text(&self) -> Vec<u8> {
-        let mut page = vec![];
-        // Writing to memory does not fail, and our families are consistent.
-        let _ = TextEncoder::new().encode(&self.registry.gather(), &mut page);
-        page
+    /// Counts a tunnel as open until the value is dropped.
+    pub fn tunnel(&self, reporter: Reporter) -> OpenTunnel {
+        let gauge = self.tunnels_open.with_label_values(&[reporter.direction()]);
+        gauge.inc();
+        OpenTunnel(gauge)
+    }
+
+    /// Counts what policy said of a connection that was admitted.
+    pub fn admitted(&self, reporter: Reporter, policy: Option<&PolicyKey>, would_deny: Option<&Denial>) {
+        let direction = reporter.direction();
+        let policy = policy.map_or("-", PolicyKey::as_str);
+        self.decisions.count(&[direction, "allow", policy]);
+        if let Some(denial) = would_deny {
+            self.decisions
+                .count(&[direction, "would_deny", denial.policy().as_str()]);
+        }
+    }
+
+    /// Forgets series that have been idle.
+    pub fn sweep(&self, now: Instant) {
+        self.pairs.sweep(now, IDLE);
+        self.decisions.sweep(now, IDLE);
+    }
+
+    /// Shows what has been counted.
+    fn show(&self, page: &mut Page) {
+        page.registry(&self.registry);
+        self.pairs.show(page);
+    }
+}
+
+/// An open connection and its sockets, counted for as long as this lives.
+pub struct OpenSockets {
+    open: IntGauge,
+    of: IntGauge,
+    sockets: i64,
+}
+
+impl Drop for OpenSockets {
+    fn drop(&mut self) {
+        self.open.dec();
+        self.of.sub(self.sockets);
+    }
+}
+
+/// An open tunnel, counted for as long as this lives.
+pub struct OpenTunnel(IntGauge);
+
+impl Drop for OpenTunnel {
+    fn drop(&mut self) {
+        self.0.dec();
     }
 }
 
 /// Which end reports.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Reporter {
     Source,
     Destination,
@@ -196,35 +199,17 @@ impl Reporter {
             Self::Destination => "destination",
         }
     }
-}
 
-/// One end of a connection, as far as it is known.
-#[derive(Debug, Clone, Copy, Default)]
-pub struct Party<'a> {
-    pub workload: Option<&'a Workload>,
-    /// Proved by a certificate.
-    pub identity: Option<&'a SpiffeId>,
-}
-
-impl Party<'_> {
-    fn labels(&self) -> [String; 3] {
-        let known = |text: Option<&str>| {
-            text.filter(|text| !text.is_empty())
-                .unwrap_or("unknown")
-                .to_owned()
-        };
-        [
-            known(self.workload.map(|workload| &*workload.workload_name)),
-            known(self.workload.map(|workload| &*workload.namespace)),
-            known(self.identity.map(SpiffeId::as_str)),
-        ]
+    /// The same, seen from the pod.
+    pub fn direction(self) -> &'static str {
+        match self {
+            Self::Source => "outbound",
+            Self::Destination => "inbound",
+        }
     }
 }
 
-/// The counters of one connection.
-pub struct Ends {
-    pub opened: IntCounter,
-    pub closed: IntCounter,
-    pub received: IntCounter,
-    pub sent: IntCounter,
-}
+pub use read::page;
+
+#[cfg(test)]
+mod tests;

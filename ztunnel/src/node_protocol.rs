@@ -241,9 +241,8 @@ impl Node {
                 tracing::info!("a successor is ready; draining");
                 self.context.drain.send_replace(true);
             }
-            from_agent::Message::Synced(_)
-            | from_agent::Message::Introduce(_)
-            | from_agent::Message::Stats(_) => {}
+            from_agent::Message::Stats(stats) => self.context.agent.take(stats),
+            from_agent::Message::Synced(_) | from_agent::Message::Introduce(_) => {}
         }
         Ok(())
     }
@@ -288,6 +287,7 @@ impl Node {
             workload_uid: pod.workload_uid.into(),
             addresses,
             netns_cookie: pod.netns_cookie,
+            listeners: fds.len(),
         };
         let lease = self.context.identities.acquire(&identity);
         let sockets = Sockets::new(uid.clone(), self.sender.clone());

@@ -7,19 +7,23 @@
 
 use crate::{
     accept::Accepted,
+    access::{Known, Refusing, refused},
     connections::{AtLimit, Facts, Way},
     context::Context,
     inbound::{
-        accept::known_peer,
+        accept::{known_peer, service_of},
         admit::{Arrival, Refusal, Target, admit},
         deliver::{DeliverError, deliver},
     },
-    metrics::{Party, Reporter},
+    metrics::{Flag, Reporter},
     pods::Pod,
 };
-use culvert_core::ids::NetworkAddress;
+use culvert_core::{
+    hbone::Traceparent,
+    ids::{NetworkAddress, PolicyKey},
+};
 use culvert_io::copy::{relay_plain, reset};
-use std::{net::SocketAddr, sync::Arc};
+use std::{sync::Arc, time::Instant};
 use tokio::net::TcpStream;
 
 #[derive(Debug, thiserror::Error)]
@@ -34,7 +38,7 @@ enum PlaintextError {
     Limit(#[from] AtLimit),
 }
 
-impl PlaintextError {
+impl Refusing for PlaintextError {
     fn reason(&self) -> &'static str {
         match self {
             Self::NotRedirected => "not_redirected",
@@ -43,38 +47,56 @@ impl PlaintextError {
             Self::Limit(_) => "limit",
         }
     }
+
+    fn policy(&self) -> Option<&PolicyKey> {
+        match self {
+            Self::Refused(refusal) => refusal.policy(),
+            _ => None,
+        }
+    }
+
+    fn flag(&self) -> Flag {
+        match self {
+            Self::Refused(Refusal::Denied(_) | Refusal::NotFromWaypoint) => Flag::Deny,
+            _ => Flag::Connect,
+        }
+    }
 }
 
 /// Carries one plaintext connection to its end.
 pub async fn serve(accepted: Accepted, pod: Arc<Pod>, context: Arc<Context>) {
     let (peer, destination) = (accepted.peer, accepted.original_destination());
+    let mut known = Known::new(Reporter::Destination, peer, destination);
+    known.destination_identity = Some(pod.identity().clone());
+    known.trace = Some(Traceparent::new(rand::random(), rand::random()));
     let mut socket = Some(accepted.socket);
-    let Err(error) = carry(&mut socket, peer, destination, &pod, &context).await else {
+    let Err(error) = carry(&mut socket, &mut known, &pod, &context).await else {
         return;
     };
     if let Some(socket) = socket {
         reset(&socket);
     }
-    context
-        .metrics
-        .refused
-        .with_label_values(&["inbound", error.reason()])
-        .inc();
-    tracing::warn!(target: "access", { src.addr = %peer, dst.addr = destination.map(tracing::field::display),
-        dst.identity = %pod.identity(), direction = "inbound", %error }, "connection failed");
+    refused(&context.metrics, &known, &error);
 }
 
 async fn carry(
     socket: &mut Option<TcpStream>,
-    peer: SocketAddr,
-    destination: Option<SocketAddr>,
+    known: &mut Known,
     pod: &Pod,
     context: &Context,
 ) -> Result<(), PlaintextError> {
-    let destination = destination.ok_or(PlaintextError::NotRedirected)?;
+    let destination = known.destination_address.ok_or(PlaintextError::NotRedirected)?;
+    let peer = known.source_address;
     let (snapshot, own) = known_peer(pod, context, peer.ip())
         .await
         .ok_or(Refusal::UnknownPod)?;
+    let source = snapshot.workload_at(&NetworkAddress {
+        network: own.network.clone(),
+        ip: peer.ip(),
+    });
+    known.source = source.cloned();
+    known.destination = Some(own.clone());
+    known.service = service_of(&snapshot, &own, None, destination.port());
     let arrival = Arrival {
         workload: Some(&own),
         accepted_ip: destination.ip(),
@@ -83,34 +105,26 @@ async fn carry(
         target: Target::Plaintext(destination.port()),
     };
     let permit = admit(&snapshot, &arrival)?;
-    if permit.would_deny.is_some() {
-        context.metrics.would_deny.with_label_values(&["inbound"]).inc();
-    }
-    let source = snapshot.workload_at(&NetworkAddress {
-        network: own.network.clone(),
-        ip: peer.ip(),
-    });
-    let ends = context.metrics.ends(
+    drop(snapshot);
+    let metrics = &context.metrics;
+    metrics.admitted(
         Reporter::Destination,
-        Party {
-            workload: source.map(AsRef::as_ref),
-            identity: None,
-        },
-        Party {
-            workload: Some(&own),
-            identity: None,
-        },
+        permit.policy.as_ref(),
+        permit.would_deny.as_ref(),
     );
     let facts = Facts {
         source: peer,
         destination,
         way: Way::InboundPlaintext,
     };
-    let open = pod
-        .connections
-        .open(facts, pod.identity(), ends, &context.metrics)?;
+    let mut open = pod.connections.open(facts, known, metrics)?;
+    let started = Instant::now();
     let application = deliver(pod, &permit, peer.ip()).await?;
+    metrics
+        .application_seconds
+        .observe(started.elapsed().as_secs_f64());
     if let Some(socket) = socket.take() {
+        open.opened();
         let outcome = relay_plain(socket, application, &open.connection.flow).await;
         open.ended(outcome);
     }

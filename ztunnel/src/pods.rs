@@ -25,6 +25,8 @@ pub struct Pod {
     pub workload_uid: WorkloadUid,
     pub addresses: Vec<IpAddr>,
     pub netns_cookie: u64,
+    /// Ports that it listens on for us.
+    pub listeners: usize,
     pub lease: Lease,
     pub sockets: Sockets,
     pub tunnels: Tunnels,
@@ -44,6 +46,7 @@ pub struct Introduction {
     pub workload_uid: WorkloadUid,
     pub addresses: Vec<IpAddr>,
     pub netns_cookie: u64,
+    pub listeners: usize,
 }
 
 /// How long a pod may be unknown to discovery before its connections are refused.
@@ -58,6 +61,7 @@ impl Pod {
             workload_uid,
             addresses,
             netns_cookie,
+            listeners,
         } = introduction;
         Self {
             uid,
@@ -66,6 +70,7 @@ impl Pod {
             workload_uid,
             addresses,
             netns_cookie,
+            listeners,
             lease,
             sockets,
             tunnels: Tunnels::default(),
@@ -107,7 +112,7 @@ impl Pod {
     pub fn leave(&self) {
         self.gone.send_replace(true);
         self.tunnels.close();
-        self.connections.cut_all();
+        self.connections.cut_all("pod_gone");
     }
 
     /// Returns once the pod has gone.

@@ -4,12 +4,13 @@
 //! longer allow is reset.
 
 use crate::{
+    access::Cut,
     connections::{Connection, Way},
     context::Context,
-    inbound::admit::{Arrival, Target, admit},
+    inbound::admit::{Arrival, Refusal, Target, admit},
     outbound::route::{judge_outbound, port_is_bound},
 };
-use culvert_core::{mesh::Workload, policy::Verdict, snapshot::Snapshot};
+use culvert_core::{mesh::Workload, policy::Judgement, policy::Verdict, snapshot::Snapshot};
 use std::{sync::Arc, time::Instant};
 
 /// Judges again after each published snapshot, for as long as it is polled.
@@ -29,8 +30,11 @@ pub async fn run(context: Arc<Context>) {
                 continue;
             };
             for connection in pod.connections.all() {
-                if !connection.flow.is_cut() && !still_allowed(&snapshot, own, &connection) {
-                    connection.flow.cut();
+                if connection.flow.is_cut() {
+                    continue;
+                }
+                if let Err(why) = still_allowed(&snapshot, own, &connection) {
+                    connection.cut(why);
                     let direction = connection.facts.way.direction();
                     context.metrics.cut.with_label_values(&[direction]).inc();
                 }
@@ -45,7 +49,7 @@ pub async fn run(context: Arc<Context>) {
     }
 }
 
-fn still_allowed(snapshot: &Snapshot, own: &Workload, connection: &Connection) -> bool {
+fn still_allowed(snapshot: &Snapshot, own: &Workload, connection: &Connection) -> Result<(), Cut> {
     let facts = &connection.facts;
     match &facts.way {
         Way::InboundTunnel {
@@ -60,7 +64,9 @@ fn still_allowed(snapshot: &Snapshot, own: &Workload, connection: &Connection) -
                 identity: Some(peer),
                 target: Target::Authority(authority),
             };
-            admit(snapshot, &arrival).is_ok()
+            admit(snapshot, &arrival)
+                .map(drop)
+                .map_err(|refusal| cut(&refusal))
         }
         Way::InboundPlaintext => {
             let arrival = Arrival {
@@ -70,7 +76,9 @@ fn still_allowed(snapshot: &Snapshot, own: &Workload, connection: &Connection) -
                 identity: None,
                 target: Target::Plaintext(facts.destination.port()),
             };
-            admit(snapshot, &arrival).is_ok()
+            admit(snapshot, &arrival)
+                .map(drop)
+                .map_err(|refusal| cut(&refusal))
         }
         Way::OutboundTunnel {
             endpoint,
@@ -80,7 +88,7 @@ fn still_allowed(snapshot: &Snapshot, own: &Workload, connection: &Connection) -
         } => {
             // A workload that has left takes its connections with it; they need no verdict.
             let Some(endpoint) = snapshot.workload(endpoint) else {
-                return true;
+                return Ok(());
             };
             let bound = endpoint.waypoint.is_some()
                 || port_is_bound(snapshot, endpoint, target.port())
@@ -93,18 +101,37 @@ fn still_allowed(snapshot: &Snapshot, own: &Workload, connection: &Connection) -
                     .as_ref()
                     .and_then(|key| snapshot.service(key))
                     .is_some_and(|service| service.subject_alt_names.contains(peer));
-            let judged = judge_outbound(snapshot, own, Some(endpoint), *target);
-            same_peer && !bound && matches!(judged.verdict, Verdict::Allow(_))
+            if !same_peer {
+                return Err(Cut::because("unexpected_identity"));
+            }
+            if bound {
+                return Err(Cut::because("no_waypoint"));
+            }
+            allowed(judge_outbound(snapshot, own, Some(endpoint), *target))
         }
         Way::OutboundDirect { endpoint, target } => {
             let endpoint = endpoint
                 .as_ref()
                 .and_then(|uid| snapshot.workload(uid))
                 .map(AsRef::as_ref);
-            matches!(
-                judge_outbound(snapshot, own, endpoint, *target).verdict,
-                Verdict::Allow(_)
-            )
+            allowed(judge_outbound(snapshot, own, endpoint, *target))
         }
+    }
+}
+
+fn cut(refusal: &Refusal) -> Cut {
+    Cut {
+        reason: refusal.reason(),
+        policy: refusal.policy().cloned(),
+    }
+}
+
+fn allowed(judged: Judgement) -> Result<(), Cut> {
+    match judged.verdict {
+        Verdict::Allow(_) => Ok(()),
+        Verdict::Deny(denial) => Err(Cut {
+            reason: "denied",
+            policy: Some(denial.policy().clone()),
+        }),
     }
 }

@@ -1,7 +1,7 @@
 //! The system calls that ztunnel may make.
 //!
 //! Invariant: everything that is not on the list answers EPERM, in every thread. What is missing on purpose:
-//! programs and other processes (`execve`, `ptrace`, `kill`), namespaces and mounts (`setns`, `unshare`,
+//! programs and other processes (`execve`, `fork`, `ptrace`, `kill`), namespaces and mounts (`setns`, `unshare`,
 //! `mount`), the kernel itself (`bpf`, `perf_event_open`, `io_uring_*`, modules, keys), and sockets other than
 //! streams and datagrams of the internet and Unix families.
 
@@ -32,8 +32,6 @@ const ALLOWED: &[c_long] = &[
     libc::SYS_mprotect,
     libc::SYS_madvise,
     libc::SYS_membarrier,
-    libc::SYS_clone,
-    libc::SYS_clone3,
     libc::SYS_set_robust_list,
     libc::SYS_get_robust_list,
     libc::SYS_rseq,
@@ -139,6 +137,11 @@ const ALLOWED_HERE: &[c_long] = &[];
 
 /// Confines this thread, and every thread that it starts from now on.
 pub fn confine() -> Result<(), SeccompError> {
+    seccompiler::apply_filter(&without_clone3()?)?;
+    Ok(seccompiler::apply_filter(&program()?)?)
+}
+
+fn program() -> Result<BpfProgram, SeccompError> {
     let mut rules: BTreeMap<i64, Vec<SeccompRule>> = ALLOWED
         .iter()
         .chain(ALLOWED_HERE)
@@ -147,12 +150,36 @@ pub fn confine() -> Result<(), SeccompError> {
     for call in [libc::SYS_socket, libc::SYS_socketpair] {
         rules.insert(call, sockets()?);
     }
-    let architecture =
-        TargetArch::try_from(std::env::consts::ARCH).map_err(|_| SeccompError::Architecture)?;
+    rules.insert(libc::SYS_clone, vec![threads()?]);
+    // The other filter answers it.
+    rules.insert(libc::SYS_clone3, vec![]);
     let refused = SeccompAction::Errno(libc::EPERM.unsigned_abs());
-    let filter = SeccompFilter::new(rules, refused, SeccompAction::Allow, architecture)?;
-    let program: BpfProgram = filter.try_into()?;
-    Ok(seccompiler::apply_filter(&program)?)
+    let filter = SeccompFilter::new(rules, refused, SeccompAction::Allow, architecture()?)?;
+    Ok(filter.try_into()?)
+}
+
+/// A thread, and never a process or a namespace: the flags of `clone` can be looked at.
+fn threads() -> Result<SeccompRule, BackendError> {
+    let thread = u64::from(libc::CLONE_THREAD.unsigned_abs());
+    let condition =
+        SeccompCondition::new(0, SeccompCmpArgLen::Dword, SeccompCmpOp::MaskedEq(thread), thread)?;
+    SeccompRule::new(vec![condition])
+}
+
+/// Those of `clone3` lie in memory, where no filter sees them: it is said not to exist, and the C library
+/// uses `clone`.
+fn without_clone3() -> Result<BpfProgram, SeccompError> {
+    let filter = SeccompFilter::new(
+        [(libc::SYS_clone3, vec![])].into(),
+        SeccompAction::Allow,
+        SeccompAction::Errno(libc::ENOSYS.unsigned_abs()),
+        architecture()?,
+    )?;
+    Ok(filter.try_into()?)
+}
+
+fn architecture() -> Result<TargetArch, SeccompError> {
+    TargetArch::try_from(std::env::consts::ARCH).map_err(|_| SeccompError::Architecture)
 }
 
 /// Streams, datagrams and packets in order, of three families.
@@ -177,3 +204,6 @@ fn sockets() -> Result<Vec<SeccompRule>, BackendError> {
     }
     Ok(rules)
 }
+
+#[cfg(test)]
+mod tests;

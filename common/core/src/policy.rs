@@ -132,8 +132,8 @@ pub struct Connection<'a> {
 pub enum Denial {
     /// This DENY policy matched.
     Policy(PolicyKey),
-    /// There are ALLOW policies and none matched.
-    NoneAllows,
+    /// There are ALLOW policies, this one first, and none matched.
+    NoneAllows(PolicyKey),
     /// The workload names this policy, and it has not been received.
     Missing(PolicyKey),
     /// This policy could not be read whole.
@@ -141,11 +141,10 @@ pub enum Denial {
 }
 
 impl Denial {
-    /// The policy to name in a log, if one is to blame.
-    pub fn policy(&self) -> Option<&PolicyKey> {
+    /// The policy to name in a log.
+    pub fn policy(&self) -> &PolicyKey {
         match self {
-            Self::Policy(key) | Self::Missing(key) | Self::Defective(key) => Some(key),
-            Self::NoneAllows => None,
+            Self::Policy(key) | Self::NoneAllows(key) | Self::Missing(key) | Self::Defective(key) => key,
         }
     }
 }
@@ -154,7 +153,7 @@ impl fmt::Display for Denial {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Policy(key) => write!(f, "denied by policy {key}"),
-            Self::NoneAllows => f.write_str("no ALLOW policy matches"),
+            Self::NoneAllows(key) => write!(f, "no ALLOW policy matches, {key} being the first of them"),
             Self::Missing(key) => write!(f, "policy {key} is named but has not been received"),
             Self::Defective(key) => write!(f, "policy {key} could not be read whole and denies"),
         }
@@ -248,12 +247,12 @@ fn verdict<'p>(policies: impl Iterator<Item = &'p Policy> + Clone, connection: &
     let mut allows = policies
         .filter(|policy| policy.action == Action::Allow)
         .peekable();
-    if allows.peek().is_none() {
+    let Some(first) = allows.peek().map(|policy| policy.key.clone()) else {
         return Verdict::Allow(None);
-    }
+    };
     match allows.find(|policy| policy.holds(connection) == Truth::Yes) {
         Some(policy) => Verdict::Allow(Some(policy.key.clone())),
-        None => Verdict::Deny(Denial::NoneAllows),
+        None => Verdict::Deny(Denial::NoneAllows(first)),
     }
 }
 

@@ -19,7 +19,10 @@ use parking_lot::Mutex;
 use rcgen::{CertificateParams, KeyPair, SanType};
 use std::{
     collections::HashMap,
-    sync::{Arc, Weak},
+    sync::{
+        Arc, Weak,
+        atomic::{AtomicU64, Ordering},
+    },
     time::{Duration, SystemTime},
 };
 use tokio::sync::{Semaphore, watch};
@@ -78,6 +81,8 @@ struct Store {
     issuer: Issuer,
     in_flight: Semaphore,
     held: Mutex<HashMap<SpiffeId, Weak<Entry>>>,
+    issued: AtomicU64,
+    failed: AtomicU64,
     /// Tasks run here, whichever thread asks.
     runtime: tokio::runtime::Handle,
 }
@@ -154,6 +159,8 @@ impl Identities {
             issuer,
             in_flight: Semaphore::new(IN_FLIGHT),
             held: Mutex::default(),
+            issued: AtomicU64::default(),
+            failed: AtomicU64::default(),
             runtime: tokio::runtime::Handle::current(),
         })))
     }
@@ -174,6 +181,12 @@ impl Identities {
         let task = keep(self.0.clone(), Arc::downgrade(&entry), id.clone());
         *entry.task.lock() = Some(self.0.runtime.spawn(task).abort_handle());
         Lease(entry)
+    }
+
+    /// Requests to the CA so far that brought an SVID, and those that did not.
+    pub fn requests(&self) -> (u64, u64) {
+        let Store { issued, failed, .. } = &*self.0;
+        (issued.load(Ordering::Relaxed), failed.load(Ordering::Relaxed))
     }
 
     /// The identities held, with their SVIDs.
@@ -201,6 +214,7 @@ async fn keep(store: Arc<Store>, entry: Weak<Entry>, id: SpiffeId) {
         let Some(held) = entry.upgrade() else { return };
         let pause = match issued {
             Ok(credential) => {
+                store.issued.fetch_add(1, Ordering::Relaxed);
                 failures = 0;
                 let pause = until_renewal(&credential.svid);
                 longest = pause.min(LONGEST_PAUSE);
@@ -209,6 +223,7 @@ async fn keep(store: Arc<Store>, entry: Weak<Entry>, id: SpiffeId) {
                 pause
             }
             Err(error) => {
+                store.failed.fetch_add(1, Ordering::Relaxed);
                 failures = failures.saturating_add(1);
                 let pause = Duration::from_millis(500)
                     .saturating_mul(1 << failures.saturating_sub(1).min(9))

@@ -8,6 +8,8 @@ pub mod control;
 pub mod copy;
 pub mod hbone;
 pub mod identity;
+pub mod log;
+pub mod metrics;
 pub mod sys;
 pub mod tls;
 pub mod xds;

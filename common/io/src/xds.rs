@@ -11,6 +11,8 @@ mod client;
 pub mod decode;
 mod questions;
 mod response;
+mod stats;
 pub mod walker;
 
 pub use client::{Discovery, Mode, Settings, start};
+pub use stats::{Carried, Stats, Termination};

@@ -442,7 +442,31 @@ impl MeshNode {
         ])
     }
 
+    /// Starts ztunnel with a standard output that nobody reads: a pipe that fills and then blocks.
+    pub fn start_ztunnel_unread(&self) -> Result<()> {
+        let pipe = self.path("unread");
+        if !pipe.exists() {
+            nix::unistd::mkfifo(&pipe, nix::sys::stat::Mode::from_bits_truncate(0o600))?;
+        }
+        chown(&pipe, Some(ZTUNNEL_UID), Some(ZTUNNEL_UID))?;
+        let ztunnel = self.ztunnel_command(&[])?;
+        let mut shell = Command::new("/bin/sh");
+        // Opened for reading as well, which does not wait for a reader.
+        shell.args(["-c", "exec \"$0\" \"$@\" 1<>\"$UNREAD\""]);
+        shell.env("UNREAD", format!("{}/unread", self.folder));
+        shell.arg(ztunnel.get_program()).args(ztunnel.get_args());
+        let start = Start::from(logged(shell, self.options.log)).as_uid(ZTUNNEL_UID);
+        *locked(&self.ztunnel) = Some(self.pod.spawn("ztunnel", start)?);
+        Ok(())
+    }
+
     fn spawn_ztunnel(&self, pages: &[&str]) -> Result<Process> {
+        let command = self.ztunnel_command(pages)?;
+        let start = Start::from(logged(command, self.options.log)).as_uid(ZTUNNEL_UID);
+        self.pod.spawn("ztunnel", start)
+    }
+
+    fn ztunnel_command(&self, pages: &[&str]) -> Result<Command> {
         let inside = |below: &str| format!("{}/{below}", self.folder);
         let mut command = Command::new(&programs()?.ztunnel);
         command.args(["--agent-socket", &inside("socket/ztunnel.sock")]);
@@ -463,8 +487,7 @@ impl MeshNode {
             command.args(pages);
         }
         command.args(&self.options.ztunnel_args);
-        let start = Start::from(logged(command, self.options.log)).as_uid(ZTUNNEL_UID);
-        self.pod.spawn("ztunnel", start)
+        Ok(command)
     }
 
     /// Waits until ztunnel serves.
@@ -549,6 +572,12 @@ impl MeshNode {
     pub fn admin(&self, path: &str) -> Result<Page> {
         let loopback = SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), ADMIN_PORT);
         pages::fetch(&self.pod, loopback, path)
+    }
+
+    /// A call of the admin port with another method than GET, or with one that it refuses.
+    pub fn admin_call(&self, method: &str, path: &str) -> Result<Page> {
+        let loopback = SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), ADMIN_PORT);
+        pages::request(&self.pod, loopback, method, path)
     }
 
     fn local(&self, port: u16) -> SocketAddr {

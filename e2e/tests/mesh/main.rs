@@ -12,6 +12,7 @@ mod processes;
 mod programs;
 mod restarts;
 mod streams;
+mod telemetry;
 mod wire;
 
 use std::time::Duration;

@@ -24,7 +24,7 @@ mod watch;
 
 use anyhow::{Context, Result};
 use clap::Parser;
-use culvert_io::{agent_socket::Listener, control::Control};
+use culvert_io::{agent_socket::Listener, control::Control, log};
 use std::{
     fs::Permissions,
     os::unix::fs::{PermissionsExt, chown},
@@ -77,16 +77,16 @@ struct Options {
     /// Seconds that open connections of a pod may go on after it has left the mesh.
     #[arg(long, env = "CULVERT_DRAIN_SECONDS", default_value_t = 30)]
     drain_seconds: u64,
+    /// Form of the log: `text` or `json`.
+    #[arg(long, env = "CULVERT_LOG_FORMAT", default_value = "text")]
+    log_format: log::Format,
+    /// Log filter, in the syntax of `tracing-subscriber`'s `EnvFilter`.
+    #[arg(long, env = "CULVERT_LOG", default_value = "info")]
+    log: String,
 }
 
 fn main() -> Result<()> {
     let options = Options::parse();
-    let filter = tracing_subscriber::EnvFilter::try_from_env("CULVERT_LOG")
-        .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("info"));
-    tracing_subscriber::fmt()
-        .with_env_filter(filter)
-        .with_writer(std::io::stderr)
-        .init();
     privileges::close_process().context("giving up privileges")?;
     let records = records::Records::open(&options.run_dir)
         .with_context(|| format!("run folder {}", options.run_dir.display()))?;
@@ -100,6 +100,8 @@ fn main() -> Result<()> {
     // Only this thread can still give a socket to another user; it cannot from the next line but one on.
     let sockets = runtime.block_on(async { bind_both(&options) })?;
     privileges::keep_two().context("giving up capabilities")?;
+    // Its thread is started here, with no more privileges than the others have.
+    let (_, _flush) = log::start(&options.log, options.log_format)?;
     runtime.block_on(run(options, records, sockets))
 }
 

@@ -577,10 +577,17 @@ impl Pods {
         };
         for (uid, pod) in &self.pods {
             let (_, reason) = pod.state.report();
+            let state = match pod.state {
+                State::Idle => agent::PodCaptureState::NotCaptured,
+                State::Captured => agent::PodCaptureState::Captured,
+                State::Draining { .. } => agent::PodCaptureState::Draining,
+                State::Broken(_) => agent::PodCaptureState::Broken,
+            };
             stats.pods.push(agent::PodCapture {
                 uid: uid.clone(),
                 captured: pod.state == State::Captured,
                 reason,
+                state: state.into(),
             });
             if let Some(guard) = &pod.guard {
                 stats.guard_dropped_total += guard.dropped().await.unwrap_or_default();

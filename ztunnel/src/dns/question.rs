@@ -57,6 +57,25 @@ impl Question {
         })
     }
 
+    /// The kind of question, as a metric's label.
+    pub fn kind(&self) -> &'static str {
+        match self.message.queries.first().map(|query| query.query_type) {
+            Some(RecordType::A) => "A",
+            Some(RecordType::AAAA) => "AAAA",
+            Some(RecordType::SRV) => "SRV",
+            Some(RecordType::PTR) => "PTR",
+            Some(RecordType::CNAME) => "CNAME",
+            Some(RecordType::TXT) => "TXT",
+            Some(RecordType::MX) => "MX",
+            Some(RecordType::NS) => "NS",
+            Some(RecordType::SOA) => "SOA",
+            Some(RecordType::HTTPS) => "HTTPS",
+            Some(RecordType::SVCB) => "SVCB",
+            Some(_) => "other",
+            None => "none",
+        }
+    }
+
     /// The name for the log, with nothing in it that a terminal obeys.
     pub fn printable(&self) -> String {
         let name = self.message.queries.first().map(|query| query.name.to_ascii());

@@ -6,14 +6,16 @@ use super::{
 };
 use crate::{
     accept::Accepted,
+    access::{Known, Refusing, Served, refused},
     connections::{AtLimit, Facts, Way},
     context::{Context, IDENTITY_PATIENCE},
-    metrics::{Party, Reporter},
+    metrics::{Flag, Reporter},
     pods::Pod,
 };
 use culvert_core::{
-    hbone::{Connect, ConnectError},
-    ids::{NetworkAddress, SpiffeId},
+    hbone::{Authority, Connect, ConnectError, Traceparent},
+    ids::{NetworkAddress, PolicyKey, ServiceKey, SpiffeId},
+    mesh::{PortMap, Workload},
     snapshot::Snapshot,
 };
 use culvert_io::{
@@ -50,13 +52,69 @@ impl StreamError {
             Self::Deliver(_) | Self::Limit(_) => StatusCode::SERVICE_UNAVAILABLE,
         }
     }
+}
 
-    pub fn reason(&self) -> &'static str {
+impl Refusing for StreamError {
+    fn reason(&self) -> &'static str {
         match self {
             Self::Connect(_) => "bad_request",
             Self::Refused(refusal) => refusal.reason(),
             Self::Deliver(_) => "application",
             Self::Limit(_) => "limit",
+        }
+    }
+
+    fn policy(&self) -> Option<&PolicyKey> {
+        match self {
+            Self::Refused(refusal) => refusal.policy(),
+            _ => None,
+        }
+    }
+
+    fn flag(&self) -> Flag {
+        match self {
+            Self::Refused(Refusal::Denied(_) | Refusal::NotFromWaypoint) => Flag::Deny,
+            _ => Flag::Connect,
+        }
+    }
+}
+
+/// Why a connection to the tunnel's port became no tunnel.
+#[derive(Debug, thiserror::Error)]
+enum HandshakeError {
+    #[error("too many handshakes in flight")]
+    Limit,
+    #[error("this pod has no valid SVID")]
+    Identity,
+    #[error("TLS configuration: {0}")]
+    Config(#[from] rustls::Error),
+    #[error(transparent)]
+    Accept(#[from] AcceptError),
+}
+
+impl Refusing for HandshakeError {
+    fn reason(&self) -> &'static str {
+        match self {
+            Self::Limit => "limit",
+            Self::Identity => "identity",
+            Self::Config(_) => "config",
+            Self::Accept(error) => error.verdict().map_or("handshake", VerifyError::reason),
+        }
+    }
+
+    fn policy(&self) -> Option<&PolicyKey> {
+        None
+    }
+
+    fn flag(&self) -> Flag {
+        match self {
+            Self::Limit => Flag::Connect,
+            Self::Identity => Flag::IdentityError,
+            Self::Accept(AcceptError::Http(_)) => Flag::H2HandshakeFailure,
+            Self::Accept(error) if matches!(error.verdict(), Some(VerifyError::Revoked(_))) => {
+                Flag::CertRevoked
+            }
+            Self::Config(_) | Self::Accept(_) => Flag::TlsFailure,
         }
     }
 }
@@ -65,57 +123,61 @@ impl StreamError {
 pub async fn serve(accepted: Accepted, pod: Arc<Pod>, context: Arc<Context>) {
     let Accepted { socket, peer, local } = accepted;
     let started = Instant::now();
+    let count = |outcome: &str| {
+        let tunnels = &context.metrics.tunnels;
+        tunnels.with_label_values(&["inbound", outcome]).inc();
+    };
     let incoming = match handshake(socket, &pod).await {
         Ok(incoming) => incoming,
-        Err((reason, error)) => {
-            context
-                .metrics
-                .tunnels
-                .with_label_values(&["inbound", reason])
-                .inc();
-            tracing::warn!(target: "access", { src.addr = %peer, dst.addr = %local, dst.identity = %pod.identity(),
-                direction = "inbound", %error }, "tunnel refused");
+        Err(error) => {
+            count(error.reason());
+            refused(&context.metrics, &tunnel_of(peer, local, &pod, &context), &error);
             return;
         }
     };
-    context
-        .metrics
-        .tunnels
-        .with_label_values(&["inbound", "up"])
-        .inc();
+    count("up");
     context
         .metrics
         .handshake_seconds
         .with_label_values(&["inbound"])
         .observe(started.elapsed().as_secs_f64());
-    streams(incoming, peer, local.ip(), pod, context).await;
+    let open = context.metrics.tunnel(Reporter::Destination);
+    streams(incoming, peer, local, pod, context).await;
+    drop(open);
 }
 
-async fn handshake(socket: TcpStream, pod: &Pod) -> Result<Incoming<TcpStream>, (&'static str, String)> {
+/// What is known of a connection to the tunnel's port before its peer has proved who it is.
+fn tunnel_of(peer: SocketAddr, local: SocketAddr, pod: &Pod, context: &Context) -> Known {
+    let mut known = Known::new(Reporter::Destination, peer, Some(local));
+    let snapshot = context.discovery.snapshot();
+    known.destination = snapshot.workload(&pod.workload_uid).cloned();
+    known.destination_identity = Some(pod.identity().clone());
+    if let Some(own) = &known.destination {
+        let address = NetworkAddress {
+            network: own.network.clone(),
+            ip: peer.ip(),
+        };
+        known.source = snapshot.workload_at(&address).cloned();
+    }
+    known
+}
+
+async fn handshake(socket: TcpStream, pod: &Pod) -> Result<Incoming<TcpStream>, HandshakeError> {
     // Beyond the bound the newest are shed, before any work is done for them.
-    let _pending = pod
-        .pending
-        .try_acquire()
-        .map_err(|_| ("limit", "too many handshakes in flight".to_owned()))?;
+    let _pending = pod.pending.try_acquire().map_err(|_| HandshakeError::Limit)?;
     let credential = pod
         .lease
         .wait(IDENTITY_PATIENCE)
         .await
-        .ok_or(("identity", "this pod has no valid SVID".to_owned()))?;
-    let config =
-        server_config(&credential.svid, &credential.bundles).map_err(|e| ("config", e.to_string()))?;
-    accept(socket, config).await.map_err(|e: AcceptError| {
-        (
-            e.verdict().map_or("handshake", VerifyError::reason),
-            e.to_string(),
-        )
-    })
+        .ok_or(HandshakeError::Identity)?;
+    let config = server_config(&credential.svid, &credential.bundles)?;
+    Ok(accept(socket, config).await?)
 }
 
 async fn streams(
     mut incoming: Incoming<TcpStream>,
     peer: SocketAddr,
-    accepted_ip: IpAddr,
+    local: SocketAddr,
     pod: Arc<Pod>,
     context: Arc<Context>,
 ) {
@@ -134,7 +196,7 @@ async fn streams(
         let Some((asked, responder)) = next else { return };
         let stream = Stream {
             peer,
-            accepted_ip,
+            local,
             identity: identity.clone(),
         };
         tokio::spawn(Box::pin(stream.serve(
@@ -149,7 +211,7 @@ async fn streams(
 /// Where a stream came from.
 struct Stream {
     peer: SocketAddr,
-    accepted_ip: IpAddr,
+    local: SocketAddr,
     identity: SpiffeId,
 }
 
@@ -162,58 +224,66 @@ impl Stream {
         context: Arc<Context>,
     ) {
         let mut responder = Some(responder);
-        let Err(error) = self.carry(asked, &mut responder, &pod, &context).await else {
+        let mut known = Known::new(Reporter::Destination, self.peer, Some(self.local));
+        known.source_identity = Some(self.identity.clone());
+        known.destination_identity = Some(pod.identity().clone());
+        let carried = self.carry(asked, &mut responder, &mut known, &pod, &context);
+        let Err(error) = carried.await else {
             return;
         };
         if let Some(responder) = responder {
             responder.refuse(error.status());
         }
-        context
-            .metrics
-            .refused
-            .with_label_values(&["inbound", error.reason()])
-            .inc();
-        tracing::warn!(target: "access", { src.addr = %self.peer, src.identity = %self.identity,
-            dst.addr = %self.accepted_ip, dst.identity = %pod.identity(), direction = "inbound", %error }, "connection failed");
+        refused(&context.metrics, &known, &error);
     }
 
     async fn carry(
         &self,
         asked: Result<Connect, ConnectError>,
         responder: &mut Option<Responder>,
+        known: &mut Known,
         pod: &Pod,
         context: &Context,
     ) -> Result<(), StreamError> {
         let connect = asked?;
         let client = self.peer.ip();
+        known.trace = connect
+            .traceparent
+            .or_else(|| Some(Traceparent::new(rand::random(), rand::random())));
         let (snapshot, own) = known_peer(pod, context, client)
             .await
             .ok_or(Refusal::UnknownPod)?;
+        let source = snapshot.workload_at(&NetworkAddress {
+            network: own.network.clone(),
+            ip: client,
+        });
+        known.source = source.cloned();
+        if source.is_none() {
+            known.said = Some(Box::new(connect.baggage));
+        }
+        known.destination = Some(own.clone());
+        known.service = match &connect.authority {
+            Authority::Address(address) => {
+                known.hbone_address = Some(*address);
+                let named = connect.forwarded.host.as_deref();
+                service_of(&snapshot, &own, named, address.port())
+            }
+            Authority::Host { name, port } => service_of(&snapshot, &own, Some(name), *port),
+        };
         let arrival = Arrival {
             workload: Some(&own),
-            accepted_ip: self.accepted_ip,
+            accepted_ip: self.local.ip(),
             peer_ip: client,
             identity: Some(&self.identity),
             target: Target::Authority(&connect.authority),
         };
         let permit: Permit = admit(&snapshot, &arrival)?;
-        if permit.would_deny.is_some() {
-            context.metrics.would_deny.with_label_values(&["inbound"]).inc();
-        }
-        let source = snapshot.workload_at(&NetworkAddress {
-            network: own.network.clone(),
-            ip: client,
-        });
-        let ends = context.metrics.ends(
+        known.hbone_address = Some(permit.target());
+        let metrics = &context.metrics;
+        metrics.admitted(
             Reporter::Destination,
-            Party {
-                workload: source.map(AsRef::as_ref),
-                identity: Some(&self.identity),
-            },
-            Party {
-                workload: Some(&own),
-                identity: Some(pod.identity()),
-            },
+            permit.policy.as_ref(),
+            permit.would_deny.as_ref(),
         );
         drop(snapshot);
         let facts = Facts {
@@ -222,16 +292,19 @@ impl Stream {
             way: Way::InboundTunnel {
                 peer: self.identity.clone(),
                 authority: connect.authority,
-                accepted_ip: self.accepted_ip,
+                accepted_ip: self.local.ip(),
             },
         };
-        let open = pod
-            .connections
-            .open(facts, pod.identity(), ends, &context.metrics)?;
+        let mut open = pod.connections.open(facts, known, metrics)?;
+        let started = Instant::now();
         let application = deliver(pod, &permit, client).await?;
+        metrics
+            .application_seconds
+            .observe(started.elapsed().as_secs_f64());
         let Some(responder) = responder.take() else {
             return Ok(());
         };
+        open.opened();
         let outcome = match responder.accept() {
             Ok(stream) => relay(application, stream, &open.connection.flow, Initiator::Stream).await,
             Err(error) => Err(Fault::Tunnel(error)),
@@ -239,6 +312,24 @@ impl Stream {
         open.ended(outcome);
         Ok(())
     }
+}
+
+/// The pod's service that a connection was for, for telemetry alone: the one that the source names, if it is
+/// one of the pod's, else the first that has the port behind it.
+pub fn service_of(snapshot: &Snapshot, own: &Workload, named: Option<&str>, target: u16) -> Option<Served> {
+    let behind = |(key, ports): &&(ServiceKey, Box<[PortMap]>)| {
+        let of_service = snapshot.service(key).map(|service| &service.ports);
+        ports
+            .iter()
+            .chain(of_service.into_iter().flatten())
+            .any(|map| map.target == Some(target))
+    };
+    let services = || own.services.iter();
+    let (key, _) = services()
+        .find(|(key, _)| Some(key.hostname()) == named)
+        .or_else(|| services().find(behind))?;
+    let whole = snapshot.service(key).cloned().map(Served::Whole);
+    Some(whole.unwrap_or_else(|| Served::Named(key.clone())))
 }
 
 /// The view to judge on: with this pod in it, and with what control says of the peer's address.

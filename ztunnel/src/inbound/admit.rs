@@ -94,6 +94,14 @@ impl Refusal {
             Self::Denied(_) => "denied",
         }
     }
+
+    /// The rule that refuses, if it was a rule.
+    pub fn policy(&self) -> Option<&PolicyKey> {
+        match self {
+            Self::Denied(denial) => Some(denial.policy()),
+            _ => None,
+        }
+    }
 }
 
 /// Decides whether an arriving connection reaches the application.

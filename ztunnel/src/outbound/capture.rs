@@ -7,16 +7,18 @@ use super::{
 };
 use crate::{
     accept::Accepted,
+    access::{Known, Refusing, Served, refused},
     connections::{AtLimit, Facts, Way},
     context::{CONNECT_DEADLINE, Context},
-    metrics::{Party, Reporter},
+    metrics::{Flag, Reporter},
     node_protocol::DeclareError,
     pods::Pod,
 };
 use culvert_core::{
     hbone::{Authority, Baggage, Connect, Forwarded, Traceparent},
-    ids::WorkloadUid,
-    mesh::{Workload, WorkloadKind},
+    ids::{NetworkAddress, PolicyKey, WorkloadUid},
+    mesh::{Protocol, Workload, WorkloadKind},
+    snapshot::{Lookup, Snapshot},
 };
 use culvert_io::copy::{Initiator, relay, relay_plain, reset};
 use std::{io, net::SocketAddr, sync::Arc};
@@ -45,7 +47,7 @@ enum CaptureError {
     Connect(io::Error),
 }
 
-impl CaptureError {
+impl Refusing for CaptureError {
     fn reason(&self) -> &'static str {
         match self {
             Self::NotRedirected => "not_redirected",
@@ -58,55 +60,58 @@ impl CaptureError {
             Self::Connect(_) => "connect",
         }
     }
+
+    fn policy(&self) -> Option<&PolicyKey> {
+        match self {
+            Self::Refused(refusal) => refusal.policy(),
+            _ => None,
+        }
+    }
+
+    fn flag(&self) -> Flag {
+        match self {
+            Self::Refused(Refusal::Denied(_) | Refusal::EgressDenied | Refusal::Undeclared(_)) => Flag::Deny,
+            Self::Tunnel(error) => error.flag(),
+            _ => Flag::Connect,
+        }
+    }
 }
 
 /// Carries one captured connection to its end.
 pub async fn serve(accepted: Accepted, pod: Arc<Pod>, context: Arc<Context>) {
     let (source, destination) = (accepted.peer, accepted.original_destination());
+    let mut known = Known::new(Reporter::Source, source, destination);
+    known.source_identity = Some(pod.identity().clone());
+    known.trace = Some(Traceparent::new(rand::random(), rand::random()));
     let mut socket = Some(accepted.socket);
-    let Err(error) = carry(&mut socket, source, destination, &pod, &context).await else {
+    let Err(error) = carry(&mut socket, &mut known, &pod, &context).await else {
         return;
     };
     if let Some(socket) = socket {
         reset(&socket);
     }
-    context
-        .metrics
-        .refused
-        .with_label_values(&["outbound", error.reason()])
-        .inc();
-    tracing::warn!(target: "access", { src.addr = %source, src.identity = %pod.identity(),
-        dst.addr = destination.map(tracing::field::display), direction = "outbound", %error }, "connection failed");
+    refused(&context.metrics, &known, &error);
 }
 
 async fn carry(
     socket: &mut Option<tokio::net::TcpStream>,
-    source: SocketAddr,
-    destination: Option<SocketAddr>,
+    known: &mut Known,
     pod: &Pod,
     context: &Arc<Context>,
 ) -> Result<(), CaptureError> {
-    let destination = destination.ok_or(CaptureError::NotRedirected)?;
+    let destination = known.destination_address.ok_or(CaptureError::NotRedirected)?;
     let (_, own) = pod
         .workload(&context.discovery)
         .await
         .ok_or(CaptureError::UnknownPod)?;
+    known.source = Some(own.clone());
     let mut avoid: Vec<WorkloadUid> = vec![];
     let mut failed = None;
     for _ in 0..ATTEMPTS {
-        match decide(pod, context, &own, destination, &avoid).await {
+        match decide(pod, context, &own, destination, &avoid, known).await {
             Route::Tunnel(hop) => {
-                match Box::pin(through_tunnel(
-                    socket,
-                    source,
-                    destination,
-                    pod,
-                    context,
-                    &own,
-                    &hop,
-                ))
-                .await
-                {
+                let tunnelled = through_tunnel(socket, destination, known, pod, context, &own, &hop);
+                match Box::pin(tunnelled).await {
                     Err(CaptureError::Tunnel(error)) if error.elsewhere() && hop.service.is_some() => {
                         avoid.push(hop.endpoint.uid.clone());
                         failed = Some(error);
@@ -115,7 +120,7 @@ async fn carry(
                 }
             }
             Route::Direct(direct) => {
-                return Box::pin(directly(socket, source, destination, pod, context, &own, &direct)).await;
+                return Box::pin(directly(socket, destination, known, pod, context, &direct)).await;
             }
             // Every endpoint has been tried: what went wrong there says more.
             Route::Refuse(Refusal::NoEndpoint(_)) if failed.is_some() => break,
@@ -133,12 +138,18 @@ async fn decide(
     own: &Workload,
     destination: SocketAddr,
     avoid: &[WorkloadUid],
+    known: &mut Known,
 ) -> Route {
-    let once = || {
+    let mut once = || {
         let snapshot = context.discovery.snapshot();
-        route(&snapshot, own, destination, &mut |service, usable| {
-            choose(service, own, usable, avoid, |endpoint| pod.tunnels.load(endpoint))
-        })
+        let mut chosen = None;
+        let routed = route(&snapshot, own, destination, &mut |service, usable| {
+            let index = choose(service, own, usable, avoid, |endpoint| pod.tunnels.load(endpoint))?;
+            chosen = usable.get(index).cloned();
+            Some(index)
+        });
+        meet(known, &snapshot, own, destination, &routed, chosen);
+        routed
     };
     match once() {
         Route::Ask(address) => {
@@ -149,10 +160,41 @@ async fn decide(
     }
 }
 
+/// Keeps who is at the other end: of what is refused, who it would have been.
+fn meet(
+    known: &mut Known,
+    snapshot: &Snapshot,
+    own: &Workload,
+    destination: SocketAddr,
+    routed: &Route,
+    chosen: Option<Arc<Workload>>,
+) {
+    let address = NetworkAddress {
+        network: own.network.clone(),
+        ip: destination.ip(),
+    };
+    let (endpoint, service) = match routed {
+        Route::Tunnel(hop) => (Some(hop.endpoint.clone()), hop.service.clone()),
+        Route::Direct(direct) => (direct.endpoint.clone(), direct.service.clone()),
+        Route::Refuse(Refusal::NoEndpoint(_)) if known.destination.is_some() => return,
+        Route::Refuse(_) | Route::Ask(_) => match snapshot.lookup(&address, &own.namespace) {
+            Lookup::Workload(endpoint) => (Some(endpoint.clone()), None),
+            Lookup::Service(service) => (chosen, Some(service.clone())),
+            Lookup::Unknown | Lookup::Unanswered => (None, None),
+        },
+    };
+    let enrolled = endpoint
+        .as_ref()
+        .filter(|workload| workload.protocol == Protocol::Hbone);
+    known.destination_identity = enrolled.map(|workload| workload.identity.clone());
+    known.destination = endpoint;
+    known.service = service.map(Served::Whole);
+}
+
 async fn through_tunnel(
     socket: &mut Option<tokio::net::TcpStream>,
-    source: SocketAddr,
     destination: SocketAddr,
+    known: &mut Known,
     pod: &Pod,
     context: &Arc<Context>,
     own: &Workload,
@@ -162,13 +204,15 @@ async fn through_tunnel(
         authority: Authority::Address(hop.target),
         baggage: baggage(own),
         forwarded: Forwarded {
-            source: Some(source),
+            source: Some(known.source_address),
             host: hop.service.as_ref().map(|service| service.hostname().into()),
         },
-        traceparent: Some(Traceparent::new(rand::random(), rand::random())),
+        traceparent: known.trace,
     };
+    known.destination_address = Some(hop.peer);
+    known.hbone_address = Some(hop.target);
     let facts = Facts {
-        source,
+        source: known.source_address,
         destination,
         way: Way::OutboundTunnel {
             endpoint: hop.endpoint.uid.clone(),
@@ -177,25 +221,13 @@ async fn through_tunnel(
             service: hop.service.as_ref().map(|service| service.key.clone()),
         },
     };
-    let ends = context.metrics.ends(
-        Reporter::Source,
-        Party {
-            workload: Some(own),
-            identity: Some(pod.identity()),
-        },
-        Party {
-            workload: Some(&hop.endpoint),
-            identity: Some(&hop.endpoint.identity),
-        },
-    );
     let stream = pod.tunnels.open(pod, context, hop, &connect).await?;
-    let open = pod
-        .connections
-        .open(facts, pod.identity(), ends, &context.metrics)?;
-    if hop.would_deny.is_some() {
-        context.metrics.would_deny.with_label_values(&["outbound"]).inc();
-    }
+    let mut open = pod.connections.open(facts, known, &context.metrics)?;
+    context
+        .metrics
+        .admitted(Reporter::Source, hop.policy.as_ref(), hop.would_deny.as_ref());
     if let Some(socket) = socket.take() {
+        open.opened();
         let outcome = relay(socket, stream, &open.connection.flow, Initiator::Socket).await;
         open.ended(outcome);
     }
@@ -205,38 +237,27 @@ async fn through_tunnel(
 /// Plaintext, to what is not enrolled: the host guard is told first (settled D8).
 async fn directly(
     socket: &mut Option<tokio::net::TcpStream>,
-    source: SocketAddr,
     destination: SocketAddr,
+    known: &mut Known,
     pod: &Pod,
     context: &Arc<Context>,
-    own: &Workload,
     direct: &Passthrough,
 ) -> Result<(), CaptureError> {
+    known.destination_address = Some(direct.address);
     let facts = Facts {
-        source,
+        source: known.source_address,
         destination,
         way: Way::OutboundDirect {
             endpoint: direct.endpoint.as_ref().map(|endpoint| endpoint.uid.clone()),
             target: direct.address,
         },
     };
-    let ends = context.metrics.ends(
+    let mut open = pod.connections.open(facts, known, &context.metrics)?;
+    context.metrics.admitted(
         Reporter::Source,
-        Party {
-            workload: Some(own),
-            identity: Some(pod.identity()),
-        },
-        Party {
-            workload: direct.endpoint.as_deref(),
-            identity: None,
-        },
+        direct.policy.as_ref(),
+        direct.would_deny.as_ref(),
     );
-    let open = pod
-        .connections
-        .open(facts, pod.identity(), ends, &context.metrics)?;
-    if direct.would_deny.is_some() {
-        context.metrics.would_deny.with_label_values(&["outbound"]).inc();
-    }
     context.declarations.declare(&pod.uid, direct.address).await?;
     let server = pod
         .sockets
@@ -248,6 +269,7 @@ async fn directly(
         .map_err(|_| CaptureError::Connect(io::ErrorKind::TimedOut.into()))?
         .map_err(CaptureError::Connect)?;
     if let Some(socket) = socket.take() {
+        open.opened();
         let outcome = relay_plain(socket, server, &open.connection.flow).await;
         open.ended(outcome);
     }

@@ -7,7 +7,7 @@
 //! An enrolled destination is tunnelled or refused, whatever its health (settled D11, D12).
 
 use culvert_core::{
-    ids::{NetworkAddress, SpiffeId},
+    ids::{NetworkAddress, PolicyKey, SpiffeId},
     mesh::{EgressMode, Health, LocalityMode, MeshConfig, Protocol, Service, Workload},
     policy::{Connection, Denial, Judgement, PeerPlace, Verdict, judge},
     snapshot::{Lookup, Snapshot},
@@ -44,6 +44,8 @@ pub struct Hop {
     pub target: SocketAddr,
     /// The identities one of which the peer must prove.
     pub expected: Box<[SpiffeId]>,
+    /// The source's ALLOW policy that admitted it, if one was in force.
+    pub policy: Option<PolicyKey>,
     pub would_deny: Option<Denial>,
 }
 
@@ -52,6 +54,9 @@ pub struct Hop {
 pub struct Passthrough {
     pub address: SocketAddr,
     pub endpoint: Option<Arc<Workload>>,
+    pub service: Option<Arc<Service>>,
+    /// The source's ALLOW policy that admitted it, if one was in force.
+    pub policy: Option<PolicyKey>,
     pub would_deny: Option<Denial>,
 }
 
@@ -94,6 +99,14 @@ impl Refusal {
             Self::NoEndpoint(_) => "no_endpoint",
             Self::NoWaypoint(_) => "no_waypoint",
             Self::Denied(_) => "denied",
+        }
+    }
+
+    /// The rule that refuses, if it was a rule.
+    pub fn policy(&self) -> Option<&PolicyKey> {
+        match self {
+            Self::Denied(denial) => Some(denial.policy()),
+            _ => None,
         }
     }
 }
@@ -166,6 +179,8 @@ fn to_service(
         return Route::Direct(Passthrough {
             address: destination,
             endpoint: None,
+            service: Some(service.clone()),
+            policy: None,
             would_deny: None,
         });
     }
@@ -235,12 +250,15 @@ fn to_endpoint(endpoint: &Arc<Workload>, service: Option<&Arc<Service>>, target:
                     .chain(alternates)
                     .cloned()
                     .collect(),
+                policy: None,
                 would_deny: None,
             })
         }
         Protocol::Tcp => Route::Direct(Passthrough {
             address: target,
             endpoint: Some(endpoint.clone()),
+            service: service.cloned(),
+            policy: None,
             would_deny: None,
         }),
     }
@@ -255,6 +273,8 @@ fn to_stranger(config: &MeshConfig, destination: SocketAddr) -> Route {
         EgressMode::Allow => Route::Direct(Passthrough {
             address: destination,
             endpoint: None,
+            service: None,
+            policy: None,
             would_deny: None,
         }),
         EgressMode::RegistryOnly => Route::Refuse(Refusal::Undeclared(destination.ip())),
@@ -275,11 +295,19 @@ fn with_source_rules(snapshot: &Snapshot, source: &Workload, routed: Route) -> R
             ..
         } => Route::Refuse(Refusal::Denied(denial)),
         Judgement {
-            verdict: Verdict::Allow(_),
+            verdict: Verdict::Allow(policy),
             would_deny,
         } => match routed {
-            Route::Tunnel(hop) => Route::Tunnel(Hop { would_deny, ..hop }),
-            Route::Direct(direct) => Route::Direct(Passthrough { would_deny, ..direct }),
+            Route::Tunnel(hop) => Route::Tunnel(Hop {
+                policy,
+                would_deny,
+                ..hop
+            }),
+            Route::Direct(direct) => Route::Direct(Passthrough {
+                policy,
+                would_deny,
+                ..direct
+            }),
             refused => refused,
         },
     }

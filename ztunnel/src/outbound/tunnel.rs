@@ -10,6 +10,7 @@
 use super::route::Hop;
 use crate::{
     context::{CONNECT_DEADLINE, Context, IDENTITY_PATIENCE},
+    metrics::{Flag, Reporter},
     pods::Pod,
 };
 use culvert_core::{
@@ -132,6 +133,24 @@ impl TunnelError {
             Self::Shared(error) => error.reason(),
         }
     }
+
+    /// The field's word for it.
+    pub fn flag(&self) -> Flag {
+        match self {
+            Self::Identity => Flag::IdentityError,
+            Self::Timeout { .. } => Flag::NetworkPolicy,
+            Self::NoSocket | Self::Connect { .. } => Flag::Connect,
+            Self::Config(_) => Flag::TlsFailure,
+            Self::Dial(DialError::Http(_)) => Flag::H2HandshakeFailure,
+            Self::Dial(error) => match error.verdict() {
+                Some(VerifyError::Revoked(_)) => Flag::CertRevoked,
+                _ => Flag::TlsFailure,
+            },
+            Self::Open(OpenError::Refused(http::StatusCode::UNAUTHORIZED)) => Flag::Deny,
+            Self::Open(_) => Flag::Connect,
+            Self::Shared(error) => error.flag(),
+        }
+    }
 }
 
 impl Tunnels {
@@ -244,8 +263,10 @@ impl Slot {
             .min_by_key(|pooled| pooled.tunnel.streams())
         {
             pooled.used = Instant::now();
+            context.metrics.checkouts.with_label_values(&["reused"]).inc();
             return Ok(pooled.tunnel.clone());
         }
+        context.metrics.checkouts.with_label_values(&["dialled"]).inc();
         match Box::pin(dial_peer(pod, context, hop, credential)).await {
             Ok(tunnel) => {
                 pool.failed = None;
@@ -341,6 +362,10 @@ async fn dial_peer(
         .with_label_values(&["outbound"])
         .observe(started.elapsed().as_secs_f64());
     tracing::debug!(pod = %pod.name, peer = %hop.peer, identity = %tunnel.peer(), "tunnel up");
-    tokio::spawn(driver);
+    let open = context.metrics.tunnel(Reporter::Source);
+    tokio::spawn(async move {
+        driver.await;
+        drop(open);
+    });
     Ok(tunnel)
 }

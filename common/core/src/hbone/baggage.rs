@@ -4,7 +4,7 @@ use http::{HeaderMap, HeaderValue};
 use std::{fmt::Write, sync::Arc};
 
 /// The keys that a node proxy sends, in this order; absent ones are left out.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Hash)]
 pub struct Baggage {
     pub cluster: Option<Arc<str>>,
     pub namespace: Option<Arc<str>>,

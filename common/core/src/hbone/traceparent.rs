@@ -42,6 +42,11 @@ impl Traceparent {
         })
     }
 
+    /// The trace alone, for a log.
+    pub fn trace_id(&self) -> impl fmt::Display {
+        TraceId(self.trace)
+    }
+
     pub fn encode(&self) -> HeaderValue {
         // Hexadecimal digits and dashes are always a legal value.
         HeaderValue::try_from(self.to_string()).unwrap_or_else(|_| HeaderValue::from_static(""))
@@ -61,15 +66,19 @@ fn unhex(text: &[u8], into: &mut [u8]) -> Option<()> {
     Some(())
 }
 
+/// Sixteen bytes as 32 hexadecimal digits.
+struct TraceId([u8; 16]);
+
+impl fmt::Display for TraceId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:032x}", u128::from_be_bytes(self.0))
+    }
+}
+
 impl fmt::Display for Traceparent {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let hex =
-            |f: &mut fmt::Formatter<'_>, bytes: &[u8]| bytes.iter().try_for_each(|b| write!(f, "{b:02x}"));
-        f.write_str("00-")?;
-        hex(f, &self.trace)?;
-        f.write_str("-")?;
-        hex(f, &self.parent)?;
-        write!(f, "-{:02x}", self.flags)
+        let (trace, parent) = (self.trace_id(), u64::from_be_bytes(self.parent));
+        write!(f, "00-{trace}-{parent:016x}-{:02x}", self.flags)
     }
 }
 

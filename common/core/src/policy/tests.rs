@@ -70,7 +70,7 @@ fn deny_wins_then_any_allow_then_default() {
         (
             "allow misses",
             vec![allow("bank")],
-            Verdict::Deny(Denial::NoneAllows),
+            Verdict::Deny(Denial::NoneAllows(key("shop/a"))),
         ),
         ("deny misses", vec![deny("bank")], Verdict::Allow(None)),
         (
@@ -186,7 +186,7 @@ fn plaintext_has_no_identity_and_no_namespace() {
     let allows = [policy("a", Action::Allow, by_account)];
     assert_eq!(
         judge(allows.iter(), &plain).verdict,
-        Verdict::Deny(Denial::NoneAllows)
+        Verdict::Deny(Denial::NoneAllows(key("shop/a")))
     );
 }
 
@@ -276,7 +276,7 @@ fn dry_run_is_reported_and_not_enforced() {
         (
             "would miss the only allow",
             vec![dry(Action::Allow, from_namespace("bank"))],
-            Some(Denial::NoneAllows),
+            Some(Denial::NoneAllows(key("shop/dry"))),
         ),
         (
             "would be allowed",
@@ -319,7 +319,7 @@ fn t29_a_forged_address_gains_nothing_where_identity_is_asked_for() {
         from_principal(StringMatch::Exact(web().principal().into())),
     )];
     let verdict = judge(policies.iter(), &connection(Some(&mallory), IN_SHOP)).verdict;
-    assert_eq!(verdict, Verdict::Deny(Denial::NoneAllows));
+    assert_eq!(verdict, Verdict::Deny(Denial::NoneAllows(key("shop/a"))));
 }
 
 /// The rules of evaluation written down naively, with no unknowns: what `judge` must agree with.

@@ -4,6 +4,7 @@ use super::{
     decode::{self, DecodeError, decode_sharing},
     questions::{Question, Questions},
     response::{self, Response},
+    stats::{Stats, Termination},
 };
 use crate::control::{Backoff, Control, ControlError};
 use arc_swap::ArcSwap;
@@ -43,7 +44,7 @@ pub struct Settings {
 }
 
 /// Types in the order in which they are asked for: settings and policies before what names them.
-const TYPES: [&str; 4] = [
+pub(super) const TYPES: [&str; 4] = [
     type_url::MESH_CONFIG,
     type_url::AUTHORIZATION,
     type_url::OUTBOUND_POLICY,
@@ -75,6 +76,7 @@ struct Shared {
     generation: watch::Sender<u64>,
     ready: watch::Sender<bool>,
     lookups: mpsc::Sender<Question>,
+    stats: Stats,
 }
 
 /// Makes a client. The second value is its task: it never ends by itself.
@@ -87,6 +89,7 @@ pub fn start(settings: Settings) -> Result<(Discovery, impl Future<Output = ()> 
         generation: watch::Sender::new(0),
         ready: watch::Sender::new(false),
         lookups,
+        stats: Stats::default(),
     });
     let service =
         Grpc::new(InterceptedService::new(channel, credentials)).max_decoding_message_size(MAX_RESPONSE);
@@ -104,7 +107,8 @@ pub fn start(settings: Settings) -> Result<(Discovery, impl Future<Output = ()> 
         let mut backoff = Backoff::default();
         loop {
             let started = Instant::now();
-            let ended = client.stream(service.clone(), &mut wanted).await;
+            let (how, ended) = client.stream(service.clone(), &mut wanted).await;
+            client.shared.stats.went_down(how);
             if started.elapsed() > Duration::from_secs(1) {
                 backoff.reset();
             }
@@ -125,7 +129,13 @@ impl Discovery {
             snapshot: ArcSwap::new(Arc::new(snapshot)),
             ready: watch::Sender::new(true),
             lookups,
+            stats: Stats::default(),
         }))
+    }
+
+    /// What the stream to control has carried.
+    pub fn stats(&self) -> &Stats {
+        &self.0.stats
     }
 
     /// The latest snapshot. Load it once for a decision and decide on that one view.
@@ -232,41 +242,47 @@ struct Client {
 type Service = Grpc<InterceptedService<Channel, crate::control::Credentials>>;
 
 impl Client {
-    /// Runs one stream to its end and says why it ended.
-    async fn stream(&mut self, mut service: Service, wanted: &mut mpsc::Receiver<Question>) -> String {
+    /// Runs one stream to its end and says how and why it ended.
+    async fn stream(
+        &mut self,
+        mut service: Service,
+        wanted: &mut mpsc::Receiver<Question>,
+    ) -> (Termination, String) {
+        let closed = || (Termination::Complete, "control has closed the stream".to_owned());
         let (requests, outgoing) = mpsc::channel(64);
         for url in TYPES {
             let first = self.first_request(url);
             if requests.try_send(first).is_err() {
-                return "request queue is full".to_owned();
+                return (Termination::Error, "request queue is full".to_owned());
             }
         }
         if let Err(error) = service.ready().await {
-            return error.to_string();
+            return (Termination::ConnectionError, error.to_string());
         }
         let codec = ProstCodec::<DeltaDiscoveryRequest, Response>::default();
         let outgoing = Request::new(ReceiverStream::new(outgoing));
         let mut responses = match service.streaming(outgoing, response::method(), codec).await {
             Ok(response) => response.into_inner(),
-            Err(status) => return status.message().to_owned(),
+            Err(status) => return (Termination::ConnectionError, status.message().to_owned()),
         };
+        self.shared.stats.came_up();
         loop {
             tokio::select! {
                 response = responses.message() => match response {
                     Ok(Some(response)) => {
                         let answer = self.take(response);
                         if requests.send(answer).await.is_err() {
-                            return "control has closed the stream".to_owned();
+                            return closed();
                         }
                     }
-                    Ok(None) => return "control has closed the stream".to_owned(),
-                    Err(status) => return status.message().to_owned(),
+                    Ok(None) => return closed(),
+                    Err(status) => return (Termination::Error, status.message().to_owned()),
                 },
                 Some(question) = wanted.recv() => {
                     if let Some(request) = self.ask(question)
                         && requests.send(request).await.is_err()
                     {
-                        return "control has closed the stream".to_owned();
+                        return closed();
                     }
                 }
             }
@@ -337,6 +353,9 @@ impl Client {
     fn take(&mut self, response: impl Into<Response>) -> DeltaDiscoveryRequest {
         let response = response.into();
         let mut refused = vec![];
+        let stats = &self.shared.stats;
+        let bytes: usize = response.resources.iter().map(bytes::Bytes::len).sum();
+        stats.arrived(&response.type_url, bytes as u64);
         let known = TYPES.into_iter().find(|url| *url == response.type_url);
         match (known, self.version_went_back(&response.system_version_info)) {
             (None, _) => refused.push(format!("type {} was not asked for", response.type_url)),
@@ -374,6 +393,7 @@ impl Client {
             }
         }
         if !refused.is_empty() {
+            self.shared.stats.refused(&response.type_url);
             tracing::warn!(type_url = %response.type_url, refused = ?refused, "resources refused");
         }
         DeltaDiscoveryRequest {

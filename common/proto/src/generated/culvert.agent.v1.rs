@@ -219,6 +219,8 @@ pub struct PodCapture {
     pub captured: bool,
     #[prost(string, tag = "3")]
     pub reason: ::prost::alloc::string::String,
+    #[prost(enumeration = "PodCaptureState", tag = "4")]
+    pub state: i32,
 }
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, ::prost::Enumeration)]
 #[repr(i32)]
@@ -281,6 +283,38 @@ impl SocketKind {
         match value {
             "TCP" => Some(Self::Tcp),
             "UDP" => Some(Self::Udp),
+            _ => None,
+        }
+    }
+}
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, ::prost::Enumeration)]
+#[repr(i32)]
+pub enum PodCaptureState {
+    NotCaptured = 0,
+    Captured = 1,
+    Draining = 2,
+    Broken = 3,
+}
+impl PodCaptureState {
+    /// String value of the enum field names used in the ProtoBuf definition.
+    ///
+    /// The values are not transformed in any way and thus are considered stable
+    /// (if the ProtoBuf definition does not change) and safe for programmatic use.
+    pub fn as_str_name(&self) -> &'static str {
+        match self {
+            Self::NotCaptured => "NOT_CAPTURED",
+            Self::Captured => "CAPTURED",
+            Self::Draining => "DRAINING",
+            Self::Broken => "BROKEN",
+        }
+    }
+    /// Creates an enum from field names used in the ProtoBuf definition.
+    pub fn from_str_name(value: &str) -> ::core::option::Option<Self> {
+        match value {
+            "NOT_CAPTURED" => Some(Self::NotCaptured),
+            "CAPTURED" => Some(Self::Captured),
+            "DRAINING" => Some(Self::Draining),
+            "BROKEN" => Some(Self::Broken),
             _ => None,
         }
     }

@@ -16,6 +16,7 @@ fn client(mode: Mode) -> Client {
         generation: watch::Sender::new(0),
         ready: watch::Sender::new(false),
         lookups,
+        stats: Stats::default(),
     });
     Client {
         settings: Settings {
