@@ -12,6 +12,8 @@
 mod admin;
 mod authority;
 mod config;
+#[cfg(test)]
+mod fuzz;
 mod index;
 mod rotation;
 mod serve;

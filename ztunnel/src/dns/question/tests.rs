@@ -55,3 +55,41 @@ fn t30_broken_queries_are_errors_and_never_a_panic() {
         }
     }
 }
+
+/// Whatever a pod or a resolver sends, it is read or refused, and what is read can be answered.
+#[test]
+fn fuzz_dns_question_and_answer() {
+    let addresses = |count: u8| (0..count).map(|n| IpAddr::from([10, 0, 0, n])).collect();
+    let answers = [
+        Answer::Empty,
+        Answer::Addresses(addresses(3)),
+        Answer::Addresses(addresses(200)),
+        Answer::Services(vec![crate::dns::answer::Target {
+            host: "a.b".into(),
+            port: 80,
+            addresses: addresses(1),
+        }]),
+    ];
+    let outcomes = culvert_fuzz::fuzz("dns_question", 20_000, |input| {
+        let question = match Question::decode(input) {
+            Ok(question) => question,
+            Err(error) => return culvert_fuzz::kind(&error),
+        };
+        assert!(question.printable().chars().all(|c| !c.is_control()));
+        let is_reply = question.is_answered_by(input);
+        let Some(asked) = question.asked() else {
+            question.failure();
+            return format!("no question for the mesh, {is_reply}");
+        };
+        assert_eq!(asked.name, asked.name.to_ascii_lowercase());
+        for answer in &answers {
+            for (transport, most) in [(Transport::Udp, 1232), (Transport::Tcp, 65_535)] {
+                let reply = question.reply(answer, transport);
+                assert!(question.is_answered_by(&reply), "it repeats its question");
+                assert!(reply.len() <= most, "{} bytes", reply.len());
+            }
+        }
+        format!("{:?}", asked.kind)
+    });
+    assert!(outcomes > 5, "{outcomes} outcomes");
+}
