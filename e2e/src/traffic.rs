@@ -112,6 +112,22 @@ impl Server {
         })
     }
 
+    /// Reads to the end, then answers with how many bytes that were.
+    pub fn count(listener: TcpListener) -> Result<Self> {
+        Self::start(listener, |mut socket, _| async move {
+            let mut block = vec![0; 256 << 10];
+            let mut bytes = 0;
+            loop {
+                match socket.read(&mut block).await? {
+                    0 => break,
+                    count => bytes += count as u64,
+                }
+            }
+            socket.write_all(bytes.to_string().as_bytes()).await?;
+            socket.shutdown().await
+        })
+    }
+
     /// Connections accepted so far.
     pub fn accepted(&self) -> u64 {
         self.accepted.load(Ordering::Relaxed)

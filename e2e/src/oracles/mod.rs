@@ -516,3 +516,6 @@ fn policies(namespace: &str) -> [serde_json::Value; 2] {
     });
     [policy("own", own), policy(VAULT_RULE, vault)]
 }
+
+#[cfg(test)]
+mod tests;

@@ -13,14 +13,18 @@ use crate::{Shop, WAIT};
 fn a_gibibyte_arrives_as_it_was_sent() {
     let shop = Shop::open();
     let _digest = Server::digest(shop.cart.listen(8080).unwrap()).unwrap();
-    let socket = shop.web.connect((shop.vip.v4, 80)).unwrap();
-    // Beside what else runs on the machine, a debug build carries tens of megabytes a second.
-    socket.set_read_timeout(Some(Duration::from_secs(120))).unwrap();
-    socket.set_write_timeout(Some(Duration::from_secs(60))).unwrap();
-    let sent = send_pattern(&socket, 1 << 30, 1).unwrap();
-    let mut arrived = String::new();
-    (&socket).read_to_string(&mut arrived).unwrap();
-    assert_eq!(arrived, sent);
+    // The second family takes the same path through fewer bytes, unless there is time.
+    let second = if crate::full_length() { 1 << 30 } else { 128 << 20 };
+    for (ip, bytes) in shop.vip.all().into_iter().zip([1 << 30, second]) {
+        let socket = shop.web.connect((ip, 80)).unwrap();
+        // Beside what else runs on the machine, a debug build carries tens of megabytes a second.
+        socket.set_read_timeout(Some(Duration::from_secs(120))).unwrap();
+        socket.set_write_timeout(Some(Duration::from_secs(60))).unwrap();
+        let sent = send_pattern(&socket, bytes, 1).unwrap();
+        let mut arrived = String::new();
+        (&socket).read_to_string(&mut arrived).unwrap();
+        assert_eq!(arrived, sent, "{ip}");
+    }
 }
 
 #[test]
@@ -48,13 +52,14 @@ fn five_thousand_idle_connections_stay_and_answer() {
     const CONNECTIONS: usize = 5_000;
     let shop = Shop::open();
     let server = Server::echo(shop.cart.listen(8080).unwrap()).unwrap();
-    let to = (shop.vip.v4, 80).into();
+    // Every other one over each family.
+    let to = shop.vip.all().map(|ip| (ip, 80).into());
     let sockets: Vec<TcpStream> = shop
         .web
         .inside(|| {
             (0..CONNECTIONS)
                 .map(|number| {
-                    let socket = TcpStream::connect_timeout(&to, WAIT)
+                    let socket = TcpStream::connect_timeout(&to[number % 2], WAIT)
                         .unwrap_or_else(|e| panic!("connection {number}: {e}"));
                     socket.set_read_timeout(Some(WAIT)).unwrap();
                     socket

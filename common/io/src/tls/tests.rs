@@ -225,7 +225,7 @@ fn a_key_of_another_certificate_is_refused() {
 }
 
 #[tokio::test]
-async fn t41_the_tunnel_speaks_tls_13_with_the_hybrid_group_and_no_tickets() {
+async fn t35_t41_the_tunnel_speaks_tls_13_with_the_hybrid_group_and_no_tickets() {
     let ca = Authority::new("cluster.local");
     let (web, cart, trust) = (ca.svid(WEB), ca.svid(CART), ca.bundles());
     let server = server_config(&cart, &trust).unwrap();

@@ -79,7 +79,7 @@ fn run(options: &Options) -> Result<usize> {
     let stage = Stage::set(&progress)?;
     let mut table = Table::new();
     table
-        .load_style(presets::UTF8_HORIZONTAL_ONLY)
+        .load_style(presets::UTF8_BORDERS_ONLY)
         .set_content_arrangement(ContentArrangement::Dynamic);
     table.set_header(["", "scene", "seen"]);
     let mut failed = 0;
@@ -89,15 +89,16 @@ fn run(options: &Options) -> Result<usize> {
             Ok(rows) => ("ok", rows),
             Err(error) => {
                 failed += 1;
-                ("FAILED", vec![row(title, format!("{error:#}"))])
+                ("FAILED", vec![row("", format!("{error:#}"))])
             }
         };
-        let (what, seen): (Vec<_>, Vec<_>) = rows.into_iter().map(|row| (row.what, row.seen)).unzip();
-        table.add_row([
-            mark.to_owned(),
-            format!("{title}\n{}", what.join("\n")),
-            format!("\n{}", seen.join("\n")),
-        ]);
+        if number > 1 {
+            table.add_row(["", "", ""]);
+        }
+        table.add_row([mark, title, ""]);
+        for Row { what, seen } in rows {
+            table.add_row(["", &format!("  {what}"), &seen]);
+        }
     }
     println!("{table}");
     progress("done");

@@ -95,7 +95,7 @@ impl Stage {
             })?;
             http.push(process);
             servers.push(Server::echo(pod.listen(ECHO_PORT)?)?);
-            servers.push(Server::digest(pod.listen(SINK_PORT)?)?);
+            servers.push(Server::count(pod.listen(SINK_PORT)?)?);
         }
         Ok(Self {
             _servers: servers,
