@@ -242,8 +242,7 @@ fn outbound_socket(mark: u32, wanted: Wanted) -> io::Result<OwnedFd> {
     } else {
         Type::STREAM
     };
-    let socket = Socket::new(domain, kind, None)?;
-    socket.set_nonblocking(true)?;
+    let socket = Socket::new(domain, kind.nonblocking(), None)?;
     socket.set_mark(mark)?;
     if wanted.v6 {
         socket.set_ip_transparent_v6(true)?;

@@ -14,15 +14,12 @@
 //! Invariant: the routes name the pod's own address as the source, since the application's socket takes it
 //! from here, and the link's MTU.
 
-use super::rules::{BACK, OURS};
-use crate::netns::{NetlinkError, Netns};
-use nix::{
-    errno::Errno,
-    libc,
-    sys::socket::{
-        AddressFamily, MsgFlags, NetlinkAddr, SockFlag, SockProtocol, SockType, bind, recv, socket,
-    },
+use super::{
+    changes::Changes,
+    rules::{BACK, OURS},
 };
+use crate::netns::{NetlinkError, Netns};
+use nix::libc;
 use nlink::{
     Connection, Route,
     netlink::{
@@ -38,10 +35,8 @@ use nlink::{
     },
 };
 use std::{
-    io,
     net::{IpAddr, Ipv4Addr, Ipv6Addr},
-    os::fd::{AsFd, AsRawFd, OwnedFd},
-    sync::atomic::{AtomicBool, Ordering},
+    os::fd::AsFd,
 };
 
 const BACK_TABLE: u32 = 100;
@@ -65,6 +60,15 @@ struct Uplink {
     mtu: Option<u32>,
 }
 
+impl Uplink {
+    fn family(self) -> u8 {
+        match self.source {
+            IpAddr::V4(_) => AF_INET,
+            IpAddr::V6(_) => AF_INET6,
+        }
+    }
+}
+
 /// The routes and rules of one pod.
 pub struct Wall {
     route: Connection<Route>,
@@ -75,7 +79,7 @@ impl Wall {
     pub fn new(netns: &Netns) -> Result<Self, NetlinkError> {
         Ok(Self {
             route: Connection::<Route>::new_in(netns.as_fd())?,
-            changes: netns.enter(Changes::watch)??,
+            changes: netns.enter(Changes::of_routes)??,
         })
     }
 
@@ -88,7 +92,7 @@ impl Wall {
                 self.loosen_reverse_path().await?;
             }
             self.build_routes(uplink).await?;
-            for rule in wanted_rules(uplink) {
+            for rule in wanted_rules(uplink.family()) {
                 if !rules.iter().any(|present| rule.is(present)) {
                     self.route.add_rule(rule.builder()).await?;
                 }
@@ -101,21 +105,25 @@ impl Wall {
 
     /// Takes all of it down.
     pub async fn remove(&self) -> Result<(), NetlinkError> {
-        for family in [AF_INET, AF_INET6] {
-            for table in [WALL_TABLE, BACK_TABLE] {
-                let rule = WantedRule { family, table };
-                while self.route.del_rule_if_exists(rule.builder()).await? {}
+        for present in self.route.get_rules().await? {
+            for rule in [AF_INET, AF_INET6].into_iter().flat_map(wanted_rules) {
+                if rule.is(&present) {
+                    self.route.del_rule_if_exists(rule.builder()).await?;
+                }
             }
         }
-        for table in [WALL_TABLE, BACK_TABLE] {
-            let v4 = || Ipv4Route::from_addr(Ipv4Addr::UNSPECIFIED, 0).table(table);
-            let v4 = match table {
-                WALL_TABLE => v4().scope(RouteScope::Link),
-                _ => v4().scope(RouteScope::Host).route_type(RouteType::Local),
-            };
-            self.route.del_route_if_exists(v4).await?;
-            let v6 = Ipv6Route::from_addr(Ipv6Addr::UNSPECIFIED, 0).table(table);
-            self.route.del_route_if_exists(v6.dev("lo")).await?;
+        for route in self.routes().await? {
+            let table = route.table_id();
+            if route.is_ipv4() {
+                let ours = Ipv4Route::from_addr(Ipv4Addr::UNSPECIFIED, 0)
+                    .route_type(route.route_type())
+                    .scope(route.scope())
+                    .table(table);
+                self.route.del_route_if_exists(ours).await?;
+            } else {
+                let ours = Ipv6Route::from_addr(Ipv6Addr::UNSPECIFIED, 0).table(table);
+                self.route.del_route_if_exists(ours.dev("lo")).await?;
+            }
         }
         Ok(())
     }
@@ -139,7 +147,7 @@ impl Wall {
         let routes = self.routes().await?;
         let uplinks = self.uplinks().await?;
         Ok(uplinks.iter().all(|uplink| {
-            let ruled = wanted_rules(*uplink)
+            let ruled = wanted_rules(uplink.family())
                 .iter()
                 .all(|rule| rules.iter().any(|present| rule.is(present)));
             let way = if uplink.source.is_ipv4() {
@@ -248,12 +256,7 @@ struct WantedRule {
     table: u32,
 }
 
-fn wanted_rules(uplink: Uplink) -> [WantedRule; 2] {
-    let family = if uplink.source.is_ipv4() {
-        AF_INET
-    } else {
-        AF_INET6
-    };
+fn wanted_rules(family: u8) -> [WantedRule; 2] {
     [BACK_TABLE, WALL_TABLE].map(|table| WantedRule { family, table })
 }
 
@@ -283,56 +286,3 @@ impl WantedRule {
             }
     }
 }
-
-/// A subscription to the kernel's news about links, addresses, routes and rules of one namespace: a look
-/// at an empty queue is one system call, where asking for everything would be a dozen.
-struct Changes {
-    socket: OwnedFd,
-    /// There was news that has not been dealt with.
-    pending: AtomicBool,
-}
-
-impl Changes {
-    /// For the namespace that the calling thread is in.
-    fn watch() -> io::Result<Self> {
-        let groups = libc::RTMGRP_LINK
-            | libc::RTMGRP_IPV4_IFADDR
-            | libc::RTMGRP_IPV4_ROUTE
-            | libc::RTMGRP_IPV4_RULE
-            | libc::RTMGRP_IPV6_IFADDR
-            | libc::RTMGRP_IPV6_ROUTE
-            | RTMGRP_IPV6_RULE;
-        let socket = socket(
-            AddressFamily::Netlink,
-            SockType::Raw,
-            SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK,
-            SockProtocol::NetlinkRoute,
-        )?;
-        bind(socket.as_raw_fd(), &NetlinkAddr::new(0, groups.cast_unsigned()))?;
-        Ok(Self {
-            socket,
-            pending: AtomicBool::new(true),
-        })
-    }
-
-    /// Whether there was any since the last call; none is left.
-    fn seen(&self) -> bool {
-        let mut seen = self.pending.swap(false, Ordering::Relaxed);
-        loop {
-            match recv(self.socket.as_raw_fd(), &mut [0; 16], MsgFlags::MSG_DONTWAIT) {
-                Ok(_) => seen = true,
-                Err(Errno::EAGAIN) => return seen,
-                // ENOBUFS: there was more than the queue holds.
-                Err(Errno::ENOBUFS | Errno::EINTR) => seen = true,
-                Err(_) => return true,
-            }
-        }
-    }
-
-    fn remember(&self) {
-        self.pending.store(true, Ordering::Relaxed);
-    }
-}
-
-/// `RTNLGRP_IPV6_RULE` as a group's bit; older headers have no name for it.
-const RTMGRP_IPV6_RULE: i32 = 1 << 18;
