@@ -7,7 +7,7 @@ use super::{
 use crate::{
     accept::Accepted,
     access::{Known, Refusing, Served, refused},
-    connections::{AtLimit, Facts, Way},
+    connections::{AtLimit, Facts, Open, Way},
     context::{Context, IDENTITY_PATIENCE},
     metrics::{Flag, Reporter},
     pods::Pod,
@@ -20,7 +20,7 @@ use culvert_core::{
 };
 use culvert_io::{
     copy::{Fault, Initiator, relay},
-    hbone::{AcceptError, Incoming, Responder, accept},
+    hbone::{self, AcceptError, Incoming, Responder, accept},
     tls::{VerifyError, server_config},
 };
 use http::StatusCode;
@@ -208,6 +208,13 @@ async fn streams(
     }
 }
 
+/// A connection that is up: both its ends, and its place on the list.
+struct Carried<'p> {
+    application: TcpStream,
+    stream: hbone::Stream,
+    open: Open<'p>,
+}
+
 /// Where a stream came from.
 struct Stream {
     peer: SocketAddr,
@@ -223,28 +230,52 @@ impl Stream {
         pod: Arc<Pod>,
         context: Arc<Context>,
     ) {
+        // In a box of its own: what bringing it up takes is gone once it is up, however long it then lasts.
+        let brought_up = Box::pin(self.bring_up(asked, responder, &pod, &context)).await;
+        let Some(Carried {
+            application,
+            stream,
+            open,
+        }) = brought_up
+        else {
+            return;
+        };
+        let outcome = relay(application, stream, &open.connection.flow, Initiator::Stream).await;
+        open.ended(outcome);
+    }
+
+    /// Brings the connection up, or refuses it.
+    async fn bring_up<'p>(
+        self,
+        asked: Result<Connect, ConnectError>,
+        responder: Responder,
+        pod: &'p Pod,
+        context: &Context,
+    ) -> Option<Carried<'p>> {
         let mut responder = Some(responder);
         let mut known = Known::new(Reporter::Destination, self.peer, Some(self.local));
         known.source_identity = Some(self.identity.clone());
         known.destination_identity = Some(pod.identity().clone());
-        let carried = self.carry(asked, &mut responder, &mut known, &pod, &context);
-        let Err(error) = carried.await else {
-            return;
+        let carried = self.carry(asked, &mut responder, &mut known, pod, context);
+        let error = match carried.await {
+            Ok(carried) => return carried,
+            Err(error) => error,
         };
         if let Some(responder) = responder {
             responder.refuse(error.status());
         }
         refused(&context.metrics, &known, &error);
+        None
     }
 
-    async fn carry(
+    async fn carry<'p>(
         &self,
         asked: Result<Connect, ConnectError>,
         responder: &mut Option<Responder>,
         known: &mut Known,
-        pod: &Pod,
+        pod: &'p Pod,
         context: &Context,
-    ) -> Result<(), StreamError> {
+    ) -> Result<Option<Carried<'p>>, StreamError> {
         let connect = asked?;
         let client = self.peer.ip();
         known.trace = connect
@@ -302,15 +333,20 @@ impl Stream {
             .application_seconds
             .observe(started.elapsed().as_secs_f64());
         let Some(responder) = responder.take() else {
-            return Ok(());
+            return Ok(None);
         };
         open.opened();
-        let outcome = match responder.accept() {
-            Ok(stream) => relay(application, stream, &open.connection.flow, Initiator::Stream).await,
-            Err(error) => Err(Fault::Tunnel(error)),
-        };
-        open.ended(outcome);
-        Ok(())
+        match responder.accept() {
+            Ok(stream) => Ok(Some(Carried {
+                application,
+                stream,
+                open,
+            })),
+            Err(error) => {
+                open.ended(Err(Fault::Tunnel(error)));
+                Ok(None)
+            }
+        }
     }
 }
 

@@ -8,7 +8,7 @@ use super::{
 use crate::{
     accept::Accepted,
     access::{Known, Refusing, Served, refused},
-    connections::{AtLimit, Facts, Way},
+    connections::{AtLimit, Facts, Open, Way},
     context::{CONNECT_DEADLINE, Context},
     metrics::{Flag, Reporter},
     node_protocol::DeclareError,
@@ -20,8 +20,12 @@ use culvert_core::{
     mesh::{Protocol, Workload, WorkloadKind},
     snapshot::{Lookup, Snapshot},
 };
-use culvert_io::copy::{Initiator, relay, relay_plain, reset};
+use culvert_io::{
+    copy::{Initiator, relay, relay_plain, reset},
+    hbone::Stream,
+};
 use std::{io, net::SocketAddr, sync::Arc};
+use tokio::net::TcpStream;
 
 /// Endpoints tried for one connection before it is refused.
 const ATTEMPTS: usize = 3;
@@ -77,28 +81,58 @@ impl Refusing for CaptureError {
     }
 }
 
+/// A connection that is up: both its ends, and its place on the list.
+struct Carried<'p> {
+    socket: TcpStream,
+    to: To,
+    open: Open<'p>,
+}
+
+/// Where a connection goes on.
+enum To {
+    Tunnel(Stream),
+    Server(TcpStream),
+}
+
 /// Carries one captured connection to its end.
 pub async fn serve(accepted: Accepted, pod: Arc<Pod>, context: Arc<Context>) {
+    // In a box of its own: what bringing it up takes is gone once it is up, however long it then lasts.
+    let brought_up = Box::pin(bring_up(accepted, &pod, &context)).await;
+    let Some(Carried { socket, to, mut open }) = brought_up else {
+        return;
+    };
+    open.opened();
+    let outcome = match to {
+        To::Tunnel(stream) => relay(socket, stream, &open.connection.flow, Initiator::Socket).await,
+        To::Server(server) => relay_plain(socket, server, &open.connection.flow).await,
+    };
+    open.ended(outcome);
+}
+
+/// Brings the connection up, or refuses it.
+async fn bring_up<'p>(accepted: Accepted, pod: &'p Pod, context: &Arc<Context>) -> Option<Carried<'p>> {
     let (source, destination) = (accepted.peer, accepted.original_destination());
     let mut known = Known::new(Reporter::Source, source, destination);
     known.source_identity = Some(pod.identity().clone());
     known.trace = Some(Traceparent::new(rand::random(), rand::random()));
     let mut socket = Some(accepted.socket);
-    let Err(error) = carry(&mut socket, &mut known, &pod, &context).await else {
-        return;
+    let error = match carry(&mut socket, &mut known, pod, context).await {
+        Ok(carried) => return carried,
+        Err(error) => error,
     };
     if let Some(socket) = socket {
         reset(&socket);
     }
     refused(&context.metrics, &known, &error);
+    None
 }
 
-async fn carry(
-    socket: &mut Option<tokio::net::TcpStream>,
+async fn carry<'p>(
+    socket: &mut Option<TcpStream>,
     known: &mut Known,
-    pod: &Pod,
+    pod: &'p Pod,
     context: &Arc<Context>,
-) -> Result<(), CaptureError> {
+) -> Result<Option<Carried<'p>>, CaptureError> {
     let destination = known.destination_address.ok_or(CaptureError::NotRedirected)?;
     let (_, own) = pod
         .workload(&context.discovery)
@@ -191,15 +225,15 @@ fn meet(
     known.service = service.map(Served::Whole);
 }
 
-async fn through_tunnel(
-    socket: &mut Option<tokio::net::TcpStream>,
+async fn through_tunnel<'p>(
+    socket: &mut Option<TcpStream>,
     destination: SocketAddr,
     known: &mut Known,
-    pod: &Pod,
+    pod: &'p Pod,
     context: &Arc<Context>,
     own: &Workload,
     hop: &Hop,
-) -> Result<(), CaptureError> {
+) -> Result<Option<Carried<'p>>, CaptureError> {
     let connect = Connect {
         authority: Authority::Address(hop.target),
         baggage: baggage(own),
@@ -222,27 +256,23 @@ async fn through_tunnel(
         },
     };
     let stream = pod.tunnels.open(pod, context, hop, &connect).await?;
-    let mut open = pod.connections.open(facts, known, &context.metrics)?;
+    let open = pod.connections.open(facts, known, &context.metrics)?;
     context
         .metrics
         .admitted(Reporter::Source, hop.policy.as_ref(), hop.would_deny.as_ref());
-    if let Some(socket) = socket.take() {
-        open.opened();
-        let outcome = relay(socket, stream, &open.connection.flow, Initiator::Socket).await;
-        open.ended(outcome);
-    }
-    Ok(())
+    let to = To::Tunnel(stream);
+    Ok(socket.take().map(|socket| Carried { socket, to, open }))
 }
 
 /// Plaintext, to what is not enrolled: the host guard is told first (settled D8).
-async fn directly(
-    socket: &mut Option<tokio::net::TcpStream>,
+async fn directly<'p>(
+    socket: &mut Option<TcpStream>,
     destination: SocketAddr,
     known: &mut Known,
-    pod: &Pod,
+    pod: &'p Pod,
     context: &Arc<Context>,
     direct: &Passthrough,
-) -> Result<(), CaptureError> {
+) -> Result<Option<Carried<'p>>, CaptureError> {
     known.destination_address = Some(direct.address);
     let facts = Facts {
         source: known.source_address,
@@ -252,7 +282,7 @@ async fn directly(
             target: direct.address,
         },
     };
-    let mut open = pod.connections.open(facts, known, &context.metrics)?;
+    let open = pod.connections.open(facts, known, &context.metrics)?;
     context.metrics.admitted(
         Reporter::Source,
         direct.policy.as_ref(),
@@ -268,12 +298,8 @@ async fn directly(
         .await
         .map_err(|_| CaptureError::Connect(io::ErrorKind::TimedOut.into()))?
         .map_err(CaptureError::Connect)?;
-    if let Some(socket) = socket.take() {
-        open.opened();
-        let outcome = relay_plain(socket, server, &open.connection.flow).await;
-        open.ended(outcome);
-    }
-    Ok(())
+    let to = To::Server(server);
+    Ok(socket.take().map(|socket| Carried { socket, to, open }))
 }
 
 /// What we say of ourselves, for the peer's telemetry.

@@ -361,7 +361,8 @@ impl Client {
             (None, _) => refused.push(format!("type {} was not asked for", response.type_url)),
             (_, Some(why)) => refused.push(why),
             (Some(url), None) => {
-                let (mut changes, mut more) = (vec![], 0usize);
+                // Nobody sees the snapshot before all of the response is in it.
+                let (mut changed, mut more) = (false, 0usize);
                 for resource in response.resources {
                     let resource = match Resource::decode(resource) {
                         Ok(resource) => resource,
@@ -372,7 +373,10 @@ impl Client {
                     };
                     let name = resource.name.clone();
                     match self.read(url, resource) {
-                        Ok(change) => changes.push(change),
+                        Ok(change) => {
+                            self.snapshot.apply(change);
+                            changed = true;
+                        }
                         Err(why) if refused.len() < MAX_REFUSED => refused.push(format!("{name}: {why}")),
                         Err(_) => more += 1,
                     }
@@ -380,11 +384,15 @@ impl Client {
                 if more > 0 {
                     refused.push(format!("and {more} more"));
                 }
+                let mut removed = vec![];
                 for name in &response.removed_resources {
-                    self.remove(url, name, &mut changes);
+                    self.remove(url, name, &mut removed);
                 }
                 self.types.entry(url).or_default().listed = true;
-                self.publish(changes);
+                changed |= self.apply(removed);
+                if changed {
+                    self.show();
+                }
                 if self.types.values().all(|state| state.listed) {
                     self.shared
                         .ready
@@ -463,16 +471,26 @@ impl Client {
     }
 
     fn publish(&mut self, changes: impl IntoIterator<Item = Change>) {
+        if self.apply(changes) {
+            self.show();
+        }
+    }
+
+    /// Carries changes out, which nobody sees yet; whether there were any.
+    fn apply(&mut self, changes: impl IntoIterator<Item = Change>) -> bool {
         let mut changed = false;
         for change in changes {
             self.snapshot.apply(change);
             changed = true;
         }
-        if changed {
-            self.snapshot.generation += 1;
-            self.shared.snapshot.store(Arc::new(self.snapshot.clone()));
-            self.shared.generation.send_replace(self.snapshot.generation);
-        }
+        changed
+    }
+
+    /// Publishes the snapshot as it is now.
+    fn show(&mut self) {
+        self.snapshot.generation += 1;
+        self.shared.snapshot.store(Arc::new(self.snapshot.clone()));
+        self.shared.generation.send_replace(self.snapshot.generation);
     }
 }
 
