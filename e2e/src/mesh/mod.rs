@@ -273,11 +273,17 @@ impl Mesh {
             let page = self.control_page("/healthz/ready")?;
             Ok((page.status == 200 && self.path(CONTROL_ROOT).is_file()).then_some(()))
         })?;
-        // What a cluster gives to the nodes as a ConfigMap.
-        fs::copy(self.path(CONTROL_ROOT), self.path(ROOT))?;
-        fs::set_permissions(self.path(ROOT), fs::Permissions::from_mode(0o644))?;
+        self.distribute_root()?;
         *locked(&self.control) = Some(process);
         Ok(())
+    }
+
+    /// Gives control's trust bundle to the nodes, as a cluster does with a ConfigMap.
+    pub fn distribute_root(&self) -> Result<()> {
+        let part = self.path(ROOT).with_extension("part");
+        fs::copy(self.path(CONTROL_ROOT), &part)?;
+        fs::set_permissions(&part, fs::Permissions::from_mode(0o644))?;
+        Ok(fs::rename(part, self.path(ROOT))?)
     }
 
     /// SIGKILL to control.

@@ -58,7 +58,7 @@ fn f44_f45_control_restarts_and_nobody_notices() {
 }
 
 #[test]
-fn f09_a_pod_joins_and_leaves_step_by_step_and_no_call_is_lost() {
+fn f09_a_pod_joins_and_leaves_step_by_step_and_callers_go_on() {
     let shop = Shop::open();
     let spec = PodSpec::new("shop", "legacy").label(config::ENROL, "none");
     let legacy = shop.mesh.pod(&shop.b, spec).unwrap();
@@ -77,7 +77,8 @@ fn f09_a_pod_joins_and_leaves_step_by_step_and_no_call_is_lost() {
         object["metadata"]["labels"][config::ENROL] = mode.into();
         shop.mesh.apply_object(&object).unwrap();
     };
-    for _ in 0..3 {
+    const TURNS: usize = 3;
+    for _ in 0..TURNS {
         enrol("ambient");
         poll_until("plaintext is refused", WAIT, || {
             Ok(call(&outside, to).is_err().then_some(()))
@@ -87,7 +88,20 @@ fn f09_a_pod_joins_and_leaves_step_by_step_and_no_call_is_lost() {
         enrol("none");
         poll_until("plaintext is taken again", WAIT, || call(&outside, to).map(Some)).unwrap();
     }
-    all_complete(&attempts.stop().unwrap()).unwrap();
+    // Joining costs no call. What is under way at the moment in which capture ends may be reset (settled D7).
+    let attempts = attempts.stop().unwrap();
+    let failed: Vec<Failure> = attempts
+        .iter()
+        .filter_map(|attempt| attempt.outcome.err())
+        .collect();
+    assert!(
+        failed.len() <= TURNS
+            && failed
+                .iter()
+                .all(|one| *one == Failure::Lost(ErrorKind::ConnectionReset)),
+        "{failed:?} of {} attempts",
+        attempts.len()
+    );
 }
 
 #[test]

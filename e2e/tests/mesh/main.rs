@@ -3,6 +3,7 @@
 
 mod admission;
 mod agent;
+mod authority;
 mod control_plane;
 mod faults;
 mod first;
