@@ -3,6 +3,7 @@
 //! ```text
 //! lab            nodes, pods and hosts as network namespaces of this machine; wires, faults, captures
 //! mesh           real control, agents and ztunnels in a lab
+//! hostile        a peer with a stolen SVID that writes TLS and HTTP/2 as it likes
 //! load           load with an account of every attempt and stream
 //! oracles        the steady load of the fault catalogue, and the four oracles that judge it
 //! prerequisites  programs of others, found or fetched
@@ -10,6 +11,7 @@
 //! ```
 #![forbid(unsafe_code)]
 
+pub mod hostile;
 pub mod lab;
 pub mod load;
 pub mod mesh;

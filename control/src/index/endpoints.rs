@@ -188,6 +188,7 @@ pub fn resource(service: &Key, service_name: &str, ip: IpAddr, one: &Listed, pla
         aliases: [].into(),
         services: [service_name.into()].into(),
         policies: [].into(),
+        own_tunnel: None,
     };
     let message = wire::Address {
         r#type: Some(wire::address::Type::Workload(message)),

@@ -301,6 +301,7 @@ fn resource(message: wire::Workload, outbound: Vec<String>) -> Resource {
         aliases,
         services: names(&mut message.services.keys()),
         policies: names(&mut message.authorization_policies.iter().chain(&outbound)),
+        own_tunnel: None,
     };
     let name = message.uid.as_str().into();
     let message = wire::Address {
@@ -391,5 +392,9 @@ pub fn of_declared(
         ),
         ..wire::Workload::default()
     };
-    Ok(resource(message, around.selected.outbound))
+    let mut resource = resource(message, around.selected.outbound);
+    if let About::Workload { own_tunnel, .. } = &mut resource.about {
+        *own_tunnel = (spec.hbone && !spec.node.is_empty()).then_some(id);
+    }
+    Ok(resource)
 }

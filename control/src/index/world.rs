@@ -63,6 +63,8 @@ pub enum About {
         services: Box<[Name]>,
         /// Policies that it names, of both directions.
         policies: Box<[Name]>,
+        /// Who it is when it has no Pod and terminates HBONE itself: its node's token gets it a certificate.
+        own_tunnel: Option<SpiffeId>,
     },
     Service {
         aliases: Box<[Name]>,
@@ -219,6 +221,15 @@ impl World {
 
     pub fn pods_on(&self, node: &str) -> impl Iterator<Item = &Arc<PodFacts>> {
         names(&self.pods_by_node, node).filter_map(|uid| self.pods.get(uid))
+    }
+
+    /// Identities on a node that no pod has.
+    pub fn own_tunnels_on(&self, node: &str) -> impl Iterator<Item = &SpiffeId> {
+        self.on_node(node)
+            .filter_map(|name| match &self.get(ADDRESS, name)?.about {
+                About::Workload { own_tunnel, .. } => own_tunnel.as_ref(),
+                About::Config | About::Policy { .. } | About::Service { .. } => None,
+            })
     }
 
     pub fn pod_count(&self) -> usize {

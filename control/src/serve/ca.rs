@@ -71,14 +71,15 @@ impl Ca {
         Ok(self.0.authority.load().sign(&id, &request.csr, life)?)
     }
 
-    /// The asked identity, if a pod on the node has it: the set is computed from pods, and the asked text
-    /// is compared with it and never parsed.
+    /// The asked identity, if a pod on the node has it, or a workload there that speaks HBONE itself: the
+    /// set is computed from objects, and the asked text is compared with it and never parsed.
     fn granted(&self, node: &str, asked: &str) -> Option<SpiffeId> {
         let world = self.0.world.borrow();
-        world
-            .pods_on(node)
-            .find(|pod| pod.enrolled && pod.identity.as_str() == asked)
-            .map(|pod| pod.identity.clone())
+        let pods = world.pods_on(node).filter(|pod| pod.enrolled);
+        pods.map(|pod| &pod.identity)
+            .chain(world.own_tunnels_on(node))
+            .find(|identity| identity.as_str() == asked)
+            .cloned()
     }
 }
 

@@ -312,7 +312,12 @@ impl Mesh {
         Metrics::scrape(&self.control_host, address)
     }
 
-    fn control_url(&self) -> String {
+    /// The trust bundle that the nodes verify control against, as this process sees it.
+    pub fn root(&self) -> PathBuf {
+        self.path(ROOT)
+    }
+
+    pub fn control_url(&self) -> String {
         format!("https://{}:{CONTROL_PORT}", self.control_host.addresses().v4)
     }
 

@@ -9,6 +9,7 @@ mod faults;
 mod first;
 mod hostile;
 mod names;
+mod peers;
 mod processes;
 mod programs;
 mod restarts;

@@ -2,7 +2,10 @@ use super::*;
 use crate::{
     authority::Authority,
     config::{Egress, Profile},
-    index::{PodFacts, Settings, World, world::Step},
+    index::{
+        PodFacts, Settings, World,
+        world::{ADDRESS, About, Resource, Step},
+    },
     serve::{Tokens, acks::Acks, limits::Limits},
 };
 use culvert_io::tls::Svid;
@@ -32,7 +35,8 @@ fn pod(name: &str, node: &str, enrolled: bool) -> PodFacts {
     }
 }
 
-/// Two nodes: `web` and `api` on a, `cart` on b, `both` on each, `plain` on a outside of the mesh.
+/// Two nodes: `web` and `api` on a, `cart` on b, `both` on each, `plain` on a outside of the mesh, and on b
+/// `machine`, which is no pod and speaks HBONE itself.
 fn ca() -> (Ca, watch::Sender<Arc<World>>, tempfile::TempDir) {
     let state = tempfile::tempdir().unwrap();
     let mut first = World::default();
@@ -47,6 +51,19 @@ fn ca() -> (Ca, watch::Sender<Arc<World>>, tempfile::TempDir) {
     ] {
         first.put_pod(&mut step, facts);
     }
+    let machine = About::Workload {
+        node: "b".into(),
+        namespace: "shop".into(),
+        aliases: [].into(),
+        services: [].into(),
+        policies: [].into(),
+        own_tunnel: Some(id("machine").parse().unwrap()),
+    };
+    first.put(
+        &mut step,
+        ADDRESS,
+        Resource::new("machine".into(), vec![], machine),
+    );
     first.close(step);
     let (publish, world) = watch::channel(Arc::new(first));
     let shared = Shared {
@@ -129,6 +146,7 @@ async fn tr_1_f61_a_stolen_node_token_grants_that_nodes_identities_and_no_other(
         ("cart", false, true),
         ("both", true, true),
         ("plain", false, false),
+        ("machine", false, true),
         ("nobody", false, false),
     ] {
         assert_eq!(
