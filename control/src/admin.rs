@@ -1,7 +1,8 @@
 //! Readiness and metrics of control; each call leaves an audit line.
 
-use crate::{index::World, watch::files::Health};
+use crate::{serve::Shared, watch::files::Health};
 use bytes::Bytes;
+use culvert_io::log::Log;
 use http::{Method, Request, Response, StatusCode};
 use http_body_util::Full;
 use hyper::{body::Incoming, server::conn::http1, service::service_fn};
@@ -14,21 +15,25 @@ const READY: &str = "/healthz/ready";
 /// Longest path that is logged.
 const MAX_PATH: usize = 200;
 
+/// What the pages are made from.
+#[derive(Clone)]
+pub struct Pages {
+    pub health: watch::Receiver<Health>,
+    pub shared: Arc<Shared>,
+    pub log: Log,
+}
+
 /// Serves for as long as it is polled. Read-only; shows no configuration.
-pub async fn serve(
-    listener: TcpListener,
-    health: watch::Receiver<Health>,
-    world: watch::Receiver<Arc<World>>,
-) {
+pub async fn serve(listener: TcpListener, pages: Pages) {
     loop {
         let Ok((socket, peer)) = listener.accept().await else {
             tokio::time::sleep(Duration::from_millis(50)).await;
             continue;
         };
-        let (health, world) = (health.clone(), world.clone());
+        let pages = pages.clone();
         tokio::spawn(async move {
             let answer = service_fn(move |request: Request<Incoming>| {
-                let answer = respond(&request, &health.borrow(), &world.borrow());
+                let answer = respond(&request, &pages);
                 audit(peer, &request, answer.status());
                 async move { Ok::<_, Infallible>(answer) }
             });
@@ -51,8 +56,9 @@ fn audit(peer: SocketAddr, request: &Request<Incoming>, status: StatusCode) {
     tracing::info!(target: "audit", %peer, method = %request.method(), path, status = status.as_u16(), "admin call");
 }
 
-fn respond(request: &Request<Incoming>, health: &Health, world: &World) -> Response<Full<Bytes>> {
-    let page = |status, text: String| {
+fn respond(request: &Request<Incoming>, pages: &Pages) -> Response<Full<Bytes>> {
+    let world = pages.shared.world.borrow().clone();
+    let page = |status, text: Vec<u8>| {
         let mut response = Response::new(Full::new(Bytes::from(text)));
         *response.status_mut() = status;
         response
@@ -60,20 +66,16 @@ fn respond(request: &Request<Incoming>, health: &Health, world: &World) -> Respo
     match (request.method(), request.uri().path()) {
         (&Method::GET, READY) if !world.is_begun() => page(
             StatusCode::SERVICE_UNAVAILABLE,
-            "the configuration has not been read yet\n".to_owned(),
+            b"the configuration has not been read yet\n".to_vec(),
         ),
-        (&Method::GET, READY) => page(StatusCode::OK, "ready\n".to_owned()),
+        (&Method::GET, READY) => page(StatusCode::OK, b"ready\n".to_vec()),
         (&Method::GET, "/metrics") => page(
             StatusCode::OK,
-            format!(
-                "# HELP culvert_config_version Version of the configuration served\n\
-                 # TYPE culvert_config_version gauge\nculvert_config_version {}\n\
-                 # HELP culvert_config_mistakes Mistakes in the folder now; the last good state is served\n\
-                 # TYPE culvert_config_mistakes gauge\nculvert_config_mistakes {}\n",
-                world.number,
-                health.mistakes.len()
-            ),
+            pages
+                .shared
+                .metrics
+                .page(&world, &pages.health.borrow(), &pages.log),
         ),
-        _ => page(StatusCode::NOT_FOUND, "no such page\n".to_owned()),
+        _ => page(StatusCode::NOT_FOUND, b"no such page\n".to_vec()),
     }
 }

@@ -13,6 +13,15 @@ use std::{
 #[derive(Debug, Clone, Parser)]
 #[command(name = "control", version, about)]
 pub struct Config {
+    /// Form of the log: `text` or `json`.
+    #[arg(long, env = "CULVERT_LOG_FORMAT", default_value = "text")]
+    pub log_format: culvert_io::log::Format,
+
+    /// Log filter, in the syntax of `tracing-subscriber`'s `EnvFilter`; decisions of the CA and calls of the
+    /// admin page are target `audit`.
+    #[arg(long, env = "CULVERT_LOG", default_value = "info")]
+    pub log: String,
+
     /// Folder of YAML objects; watched.
     #[arg(long, env = "CULVERT_CONFIG_DIR")]
     pub config_dir: PathBuf,

@@ -15,6 +15,7 @@ mod config;
 #[cfg(test)]
 mod fuzz;
 mod index;
+mod metrics;
 mod rotation;
 mod serve;
 mod watch;
@@ -40,12 +41,7 @@ use watch::{
 #[tokio::main]
 async fn main() -> anyhow::Result<()> {
     let config = Config::parse();
-    tracing_subscriber::fmt()
-        .with_env_filter(
-            tracing_subscriber::EnvFilter::try_from_env("CULVERT_LOG").unwrap_or_else(|_| "info".into()),
-        )
-        .with_ansi(false)
-        .init();
+    let (log, _flush) = culvert_io::log::start(&config.log, config.log_format)?;
     if !config.state_dir.exists() {
         fs::DirBuilder::new()
             .recursive(true)
@@ -81,9 +77,16 @@ async fn main() -> anyhow::Result<()> {
         limits: Limits::default(),
         acks: Acks::default(),
         reports,
+        metrics: metrics::Metrics::new()?,
     });
     let health = cell::Sender::new(Health::default());
-    tokio::spawn(admin::serve(admin, health.subscribe(), world.clone()));
+    let pages = admin::Pages {
+        health: health.subscribe(),
+        shared: shared.clone(),
+        log,
+    };
+    tokio::spawn(admin::serve(admin, pages));
+    tokio::spawn(count_mistakes(health.subscribe(), shared.clone()));
     let (changed, changes) = mpsc::channel(16);
     let indexing = Indexing {
         index: Index::new(settings.clone(), first),
@@ -121,6 +124,15 @@ async fn main() -> anyhow::Result<()> {
         watched = watching => watched.with_context(|| format!("cannot watch {}", config.config_dir.display())),
         () = serving => Ok(()),
         _ = terminate.recv() => Ok(()),
+    }
+}
+
+/// Counts what the folder was refused for.
+async fn count_mistakes(mut health: cell::Receiver<Health>, shared: Arc<Shared>) {
+    while health.changed().await.is_ok() {
+        if !health.borrow_and_update().mistakes.is_empty() {
+            shared.metrics.reloads.with_label_values(&["rejected"]).inc();
+        }
     }
 }
 
@@ -196,6 +208,10 @@ impl Indexing {
             while let Ok(more) = self.changes.try_recv() {
                 changes.extend(more);
             }
+            if !changes.is_empty() {
+                let reloads = &self.shared.metrics.reloads;
+                reloads.with_label_values(&["applied"]).inc();
+            }
             let mut reports = vec![];
             while let Ok(report) = self.heard.try_recv() {
                 reports.push(report);
@@ -246,6 +262,7 @@ impl Indexing {
             pods = world.pod_count(),
             "configuration published"
         );
+        self.shared.metrics.publish();
         self.publish.send(world).is_ok()
     }
 }

@@ -19,6 +19,7 @@ pub use tls::{Certificate, incoming, server_config};
 use crate::{
     authority::Authority,
     index::{Report, Settings, World},
+    metrics::Metrics,
 };
 use acks::Acks;
 use arc_swap::ArcSwap;
@@ -46,6 +47,7 @@ pub struct Shared {
     pub acks: Acks,
     /// What agents say.
     pub reports: mpsc::Sender<Report>,
+    pub metrics: Metrics,
 }
 
 /// Largest request that is read.

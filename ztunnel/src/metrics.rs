@@ -55,6 +55,8 @@ culvert_io::metrics! {
         application_seconds: Histogram = "culvert_application_connect_duration_seconds" [],
         /// From a snapshot to the last cut that it asked for.
         recheck_seconds: Histogram = "culvert_recheck_duration_seconds" [],
+        /// From control's publication of a change to the end of its recheck here; the clocks of both machines count.
+        effect_seconds: Histogram = "culvert_time_to_effect_seconds" [],
         /// Queries by what became of them.
         dns: IntCounterVec = "culvert_dns_queries_total" ["outcome"],
         /// Pods served now.

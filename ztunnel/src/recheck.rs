@@ -46,6 +46,11 @@ pub async fn run(context: Arc<Context>) {
             .metrics
             .recheck_seconds
             .observe(started.elapsed().as_secs_f64());
+        if let Some(published) = context.discovery.stats().take_published()
+            && let Ok(took) = published.elapsed()
+        {
+            context.metrics.effect_seconds.observe(took.as_secs_f64());
+        }
     }
 }
 

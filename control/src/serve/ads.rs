@@ -14,12 +14,17 @@ mod subscription;
 mod view;
 
 use super::{Shared, acks, limits::Budget};
+use crate::index::world::TYPES;
 use culvert_proto::discovery::{
-    DeltaDiscoveryRequest, DeltaDiscoveryResponse,
+    ControlPlane, DeltaDiscoveryRequest, DeltaDiscoveryResponse,
     aggregated_discovery_service_server::AggregatedDiscoveryService,
 };
 use futures::Stream;
-use std::{pin::Pin, sync::Arc, time::Duration};
+use std::{
+    pin::Pin,
+    sync::Arc,
+    time::{Duration, SystemTime, UNIX_EPOCH},
+};
 use tokio::{sync::mpsc, time::Instant};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming, async_trait};
@@ -71,13 +76,14 @@ struct Closed(Option<Status>);
 impl Subscriber {
     async fn run(mut self, mut requests: Streaming<DeltaDiscoveryRequest>) {
         let mut published = self.shared.world.clone();
+        let _open = self.shared.metrics.stream("discovery");
         self.view.advance(&published.borrow_and_update().clone());
         loop {
             let deadline = self.view.sent_at().map(|at| at + ACK_DEADLINE);
             let done = tokio::select! {
                 request = requests.message() => match request {
                     Ok(Some(request)) => match self.take(request) {
-                        Ok(()) => self.push().await,
+                        Ok(()) => self.push(None).await,
                         refused => refused,
                     },
                     Ok(None) | Err(_) => Err(Closed(None)),
@@ -85,8 +91,11 @@ impl Subscriber {
                 changed = published.changed() => match changed {
                     Ok(()) => {
                         let world = published.borrow_and_update().clone();
+                        let (at, since) = self.shared.metrics.published();
                         self.view.advance(&world);
-                        self.push().await
+                        let pushed = self.push(Some(at)).await;
+                        self.shared.metrics.push_seconds.observe(since.elapsed().as_secs_f64());
+                        pushed
                     }
                     Err(_) => Err(Closed(None)),
                 },
@@ -114,6 +123,9 @@ impl Subscriber {
             .map_err(|status| Closed(Some(status)))?;
         if let Some(error) = &request.error_detail {
             let reason: String = error.message.chars().take(MAX_REASON).collect();
+            if let Some(url) = TYPES.iter().find(|url| **url == request.type_url) {
+                self.shared.metrics.nacks.with_label_values(&[url]).inc();
+            }
             tracing::warn!(
                 node,
                 type_url = request.type_url,
@@ -126,15 +138,32 @@ impl Subscriber {
         Ok(())
     }
 
+    fn count(&self, response: &DeltaDiscoveryResponse) {
+        let (metrics, url) = (&self.shared.metrics, response.type_url.as_str());
+        metrics.responses.with_label_values(&[url]).inc();
+        for (change, names) in [
+            ("sent", response.resources.len()),
+            ("removed", response.removed_resources.len()),
+        ] {
+            let resources = metrics.resources.with_label_values(&[url, change]);
+            resources.inc_by(names as u64);
+        }
+    }
+
     fn acknowledge(&self) {
         if let Some(number) = self.view.taken() {
             self.acks.taken(number);
         }
     }
 
-    /// Sends what may be sent now.
-    async fn push(&mut self) -> Result<(), Closed> {
-        while let Some(response) = self.view.next() {
+    /// Sends what may be sent now; `published` is when the change that asks for it was.
+    async fn push(&mut self, published: Option<SystemTime>) -> Result<(), Closed> {
+        while let Some(mut response) = self.view.next() {
+            self.count(&response);
+            let published = published.and_then(|at| at.duration_since(UNIX_EPOCH).ok());
+            response.control_plane = published.map(|at| ControlPlane {
+                identifier: format!("culvert published={}", at.as_millis()),
+            });
             self.responses
                 .send(Ok(response))
                 .await

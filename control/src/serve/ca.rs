@@ -35,10 +35,12 @@ impl IstioCertificateService for Ca {
         let asked = impersonated(&request).unwrap_or_default();
         match self.issue(&node, &asked, &request) {
             Ok((cert_chain, serial)) => {
+                self.count("issued");
                 tracing::info!(target: "audit", node, id = asked, serial, "certificate issued");
                 Ok(Response::new(IstioCertificateResponse { cert_chain }))
             }
             Err(reason) => {
+                self.count(reason.word());
                 tracing::warn!(target: "audit", node, id = %asked.escape_debug(), %reason, "certificate refused");
                 Err(Status::unauthenticated("request not granted"))
             }
@@ -55,7 +57,23 @@ fn impersonated(request: &IstioCertificateRequest) -> Option<String> {
     }
 }
 
+impl Refusal {
+    /// The metrics' word for it.
+    fn word(&self) -> &'static str {
+        match self {
+            Self::NothingAsked => "nothing_asked",
+            Self::NotOnNode => "not_on_node",
+            Self::Sign(_) => "not_signed",
+        }
+    }
+}
+
 impl Ca {
+    fn count(&self, verdict: &str) {
+        let certificates = &self.0.metrics.certificates;
+        certificates.with_label_values(&[verdict]).inc();
+    }
+
     fn issue(
         &self,
         node: &str,

@@ -64,6 +64,7 @@ struct Closed;
 impl Attendance {
     async fn run(mut self, mut reports: Streaming<NodeReport>) {
         let mut world = self.shared.world.clone();
+        let _open = self.shared.metrics.stream("orders");
         let settings = self.settings();
         if self.send(node_order::Order::Settings(settings)).await.is_err() {
             return;

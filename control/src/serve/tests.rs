@@ -46,6 +46,7 @@ async fn open() -> Port {
         limits: Limits::default(),
         acks: Acks::default(),
         reports,
+        metrics: crate::metrics::Metrics::new().unwrap(),
     });
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = listener.local_addr().unwrap();

@@ -157,7 +157,8 @@ fn o4_every_connection_and_every_refusal_leaves_its_record_at_both_ends() {
         std::thread::sleep(Duration::from_millis(300));
         Ok(records(&shop.b)
             .iter()
-            .any(|record| record["reason"] == "denied")
+            // One that was open when the rule came was cut, which is another record.
+            .any(|record| record["reason"] == "denied" && record["message"] == "connection failed")
             .then_some(()))
     })
     .unwrap();
@@ -181,11 +182,13 @@ fn o4_every_connection_and_every_refusal_leaves_its_record_at_both_ends() {
     poll_until("the source's rule is in force", WAIT, || {
         let _ = call(&shop.web, to_vault);
         std::thread::sleep(Duration::from_millis(300));
-        let at_source = |record: &Value| record["policy"] == "shop/no-bank";
+        let at_source =
+            |record: &Value| record["policy"] == "shop/no-bank" && record["message"] == "connection failed";
         Ok(records(&shop.a).iter().any(at_source).then_some(()))
     })
     .unwrap();
-    let record = one_record(&shop.a, &[("policy", "shop/no-bank")]);
+    let own_rule = [("message", "connection failed"), ("policy", "shop/no-bank")];
+    let record = one_record(&shop.a, &own_rule);
     for (name, want) in [
         ("reason", "denied"),
         ("direction", "outbound"),
@@ -254,7 +257,8 @@ fn f46_a_cut_says_which_rule_cut_it() {
             "istio_tcp_connections_closed_total",
             &[("response_flags", "DENY")],
         );
-        Ok((cut == 1.0 && closed == 1.0).then_some(()))
+        let effect = metrics.sum("culvert_time_to_effect_seconds_count", &[]);
+        Ok((cut == 1.0 && closed == 1.0 && effect >= 1.0).then_some(()))
     })
     .unwrap();
 }
@@ -363,6 +367,16 @@ fn metrics_say_what_has_happened() {
         Ok(there.then_some(()))
     })
     .unwrap();
+
+    let control = shop.mesh.control_metrics().unwrap();
+    let value = |name, labels: &[(&str, &str)]| control.sum(name, labels);
+    assert_eq!(value("culvert_control_streams", &[("service", "discovery")]), 2.0);
+    assert_eq!(value("culvert_control_streams", &[("service", "orders")]), 2.0);
+    assert!(value("culvert_control_certificates_total", &[("verdict", "issued")]) >= 2.0);
+    assert!(value("culvert_control_resources_total", &[("change", "sent")]) >= 4.0);
+    assert!(value("culvert_control_push_duration_seconds_count", &[]) >= 1.0);
+    assert!(value("culvert_control_reloads_total", &[("result", "applied")]) >= 1.0);
+    assert_eq!(value("culvert_config_mistakes", &[]), 0.0);
 
     // Control away: what is in use grows old, and says so.
     shop.mesh.kill_control().unwrap();

@@ -356,6 +356,9 @@ impl Client {
         let stats = &self.shared.stats;
         let bytes: usize = response.resources.iter().map(bytes::Bytes::len).sum();
         stats.arrived(&response.type_url, bytes as u64);
+        if let Some(published) = response.published() {
+            stats.pushed(published);
+        }
         let known = TYPES.into_iter().find(|url| *url == response.type_url);
         match (known, self.version_went_back(&response.system_version_info)) {
             (None, _) => refused.push(format!("type {} was not asked for", response.type_url)),

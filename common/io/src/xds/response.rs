@@ -4,7 +4,9 @@
 //! applied, one at a time; a hundred thousand of them decoded at once would take three times the memory.
 
 use bytes::Bytes;
+use culvert_proto::discovery::ControlPlane;
 use http::uri::PathAndQuery;
+use std::time::{Duration, SystemTime};
 
 /// The method that answers with [`Response`].
 pub fn method() -> PathAndQuery {
@@ -27,6 +29,17 @@ pub struct Response {
     pub nonce: String,
     #[prost(string, repeated, tag = "6")]
     pub removed_resources: Vec<String>,
+    #[prost(message, optional, tag = "7")]
+    pub control_plane: Option<ControlPlane>,
+}
+
+impl Response {
+    /// When control published the change that this pushes; none if it answers a question.
+    pub fn published(&self) -> Option<SystemTime> {
+        let control = self.control_plane.as_ref()?;
+        let (_, milliseconds) = control.identifier.rsplit_once("published=")?;
+        SystemTime::UNIX_EPOCH.checked_add(Duration::from_millis(milliseconds.parse().ok()?))
+    }
 }
 
 #[cfg(test)]

@@ -4,7 +4,7 @@ use super::client::TYPES;
 use parking_lot::Mutex;
 use std::{
     sync::atomic::{AtomicU64, Ordering},
-    time::{Duration, Instant},
+    time::{Duration, Instant, SystemTime},
 };
 
 /// How a stream ended, in the field's words.
@@ -49,6 +49,8 @@ struct Link {
     up: bool,
     /// When control was last known to agree with what is known here.
     confirmed: Instant,
+    /// When control published the latest change that it has pushed.
+    published: Option<SystemTime>,
 }
 
 /// What was counted of one type of resource.
@@ -67,6 +69,7 @@ impl Default for Stats {
             link: Mutex::new(Link {
                 up: false,
                 confirmed: Instant::now(),
+                published: None,
             }),
         }
     }
@@ -102,6 +105,15 @@ impl Stats {
         } else {
             link.confirmed.elapsed()
         }
+    }
+
+    /// When control published the latest change that it pushed, once for each such change.
+    pub fn take_published(&self) -> Option<SystemTime> {
+        self.link.lock().published.take()
+    }
+
+    pub(super) fn pushed(&self, published: SystemTime) {
+        self.link.lock().published = Some(published);
     }
 
     pub(super) fn came_up(&self) {

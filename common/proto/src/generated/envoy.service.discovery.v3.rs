@@ -48,6 +48,15 @@ pub struct DeltaDiscoveryResponse {
     pub nonce: ::prost::alloc::string::String,
     #[prost(string, repeated, tag = "6")]
     pub removed_resources: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
+    #[prost(message, optional, tag = "7")]
+    pub control_plane: ::core::option::Option<ControlPlane>,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct ControlPlane {
+    /// Free text; Culvert's ends in `published=` and the milliseconds since 1970 at which the change that a
+    /// response pushes was published. Without it, a response answers a question.
+    #[prost(string, tag = "1")]
+    pub identifier: ::prost::alloc::string::String,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct Resource {

@@ -158,6 +158,7 @@ impl View {
             type_url: TYPES[of].to_owned(),
             nonce,
             removed_resources: removed,
+            ..DeltaDiscoveryResponse::default()
         })
     }
 }

@@ -90,6 +90,7 @@ fn ca() -> (Ca, watch::Sender<Arc<World>>, tempfile::TempDir) {
         limits: Limits::default(),
         acks: Acks::default(),
         reports: mpsc::channel(1).0,
+        metrics: crate::metrics::Metrics::new().unwrap(),
     };
     (Ca(Arc::new(shared)), publish, state)
 }

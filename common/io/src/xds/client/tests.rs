@@ -68,6 +68,7 @@ fn response(version: &str, url: &str, resources: Vec<Resource>, removed: &[&str]
         nonce: "7".into(),
         resources,
         removed_resources: removed.iter().map(|name| (*name).to_owned()).collect(),
+        control_plane: None,
     }
 }
 
