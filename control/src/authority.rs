@@ -23,8 +23,8 @@ use std::{
     time::{Duration, SystemTime},
 };
 
-/// Certificates begin this much in the past, so that clocks may differ.
-const BACKDATE: Duration = Duration::from_secs(60);
+/// Certificates begin this much in the past, so that clocks may differ, or be set back by ten minutes.
+const BACKDATE: Duration = Duration::from_secs(11 * 60);
 
 /// A generated root lives this long; it is for laboratories.
 const ROOT_LIFE: Duration = Duration::from_secs(10 * 365 * 24 * 3600);

@@ -290,6 +290,7 @@ fn config(settings: &Settings) -> Resource {
         }
         .into(),
         enrolment_grace_seconds: grace_seconds(settings.profile),
+        close_at_expiry: settings.profile == Profile::High,
     };
     Resource::new("mesh".into(), message.encode_to_vec(), About::Config)
 }

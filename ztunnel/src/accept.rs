@@ -47,6 +47,8 @@ pub struct Accepted {
 impl Accepted {
     fn new((socket, peer): (TcpStream, SocketAddr)) -> io::Result<Self> {
         socket.set_nodelay(true)?;
+        // An urgent byte is a byte (RFC 6093 §3): without this the relay would lose it.
+        socket2::SockRef::from(&socket).set_out_of_band_inline(true)?;
         let local = canonical(socket.local_addr()?);
         Ok(Self {
             socket,

@@ -89,12 +89,12 @@ fn shown(pages: Pages, path: &str, context: &Context) -> Response<Full<Bytes>> {
         (Pages::Readiness, "/healthz/ready") => {
             if *context.drain.borrow() {
                 text(StatusCode::SERVICE_UNAVAILABLE, "draining\n")
-            } else if context.discovery.is_ready() {
+            } else if context.is_ready() {
                 text(StatusCode::OK, "ready\n")
             } else {
                 text(
                     StatusCode::SERVICE_UNAVAILABLE,
-                    "waiting for control's first answer\n",
+                    "waiting for control's first answer, or for the revocation lists\n",
                 )
             }
         }

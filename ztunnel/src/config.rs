@@ -40,6 +40,16 @@ pub struct Config {
     #[arg(long, env = "CULVERT_NODE")]
     pub node: String,
 
+    /// Folder for the last good state (mode 0700): with it a restart serves while control is away. Without,
+    /// none is kept.
+    #[arg(long, env = "CULVERT_STATE_DIR")]
+    pub state_dir: Option<PathBuf>,
+
+    /// PEM file of certificate revocation lists, watched. While it cannot be read at the start, this ztunnel
+    /// is not ready; later the last good lists stay in force.
+    #[arg(long, env = "CULVERT_CRL")]
+    pub crl: Option<PathBuf>,
+
     /// Admin pages; loopback only.
     #[arg(long, env = "CULVERT_ADMIN", default_value = "127.0.0.1:15000")]
     pub admin: SocketAddr,

@@ -1,6 +1,6 @@
 //! What every part of the data path shares.
 
-use crate::{metrics::Metrics, node_protocol::Declarations, pods::Pods};
+use crate::{metrics::Metrics, node_protocol::Declarations, outbound::balance::Failing, pods::Pods};
 use culvert_io::{identity::Identities, log::Log, xds::Discovery};
 use culvert_proto::agent::AgentStats;
 use parking_lot::Mutex;
@@ -19,6 +19,8 @@ pub struct Context {
     pub settings: serde_json::Value,
     pub declarations: Declarations,
     pub limits: Limits,
+    /// Endpoints that failed a connection lately.
+    pub failing: Failing,
     /// Turns true once: no new connections from then on.
     pub drain: watch::Sender<bool>,
 }
@@ -54,6 +56,17 @@ pub const CONNECT_DEADLINE: Duration = Duration::from_secs(10);
 pub const IDENTITY_PATIENCE: Duration = Duration::from_secs(5);
 
 impl Context {
+    /// Returns once there is a snapshot, and the revocation lists that are demanded have been read.
+    pub async fn ready(&self) {
+        self.discovery.ready().await;
+        self.identities.lists_read().await;
+    }
+
+    /// Whether connections are served.
+    pub fn is_ready(&self) -> bool {
+        self.discovery.is_ready() && self.identities.are_lists_read()
+    }
+
     /// Returns once no new connections are taken.
     pub async fn draining(&self) {
         // The sender lives as long as `self`.

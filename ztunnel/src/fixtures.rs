@@ -36,6 +36,7 @@ pub fn config(change: impl FnOnce(&mut MeshConfig)) -> Change {
         resolvers: [].into(),
         network: NetworkId::from(""),
         federated: [].into(),
+        close_at_expiry: false,
     };
     change(&mut config);
     Change::Config(Box::new(config))

@@ -4,7 +4,7 @@
 //! agent ─sockets─▶ node_protocol ─▶ pods ─┬▶ outbound: capture → route → tunnel ──▶ peer
 //! control ─xds, ca─▶ snapshot, SVIDs ─────┤
 //!                                         ├▶ inbound: accept → admit → deliver ──▶ app
-//!                                         └▶ passthrough, recheck
+//!                                         └▶ passthrough, recheck, trust
 //! ```
 //! Invariant: no privilege, no namespace, no Kubernetes API. What it may not know, it refuses.
 
@@ -27,8 +27,10 @@ mod passthrough;
 mod pods;
 mod privilege;
 mod recheck;
+mod revocation;
 mod seccomp;
 mod sockets;
+mod trust;
 mod workers;
 
 use anyhow::Context as _;
@@ -80,14 +82,25 @@ async fn run(config: Config, workers: workers::Workers, log: log::Log) -> anyhow
         control: control.clone(),
         node: config.node.clone(),
         mode,
+        state: config.state_dir.clone(),
     };
     let (discovery, client) = xds::start(settings)?;
     let (sender, outgoing, declarations) = node_protocol::requests();
+    let identities = Identities::new(&control)?;
+    let metrics = metrics::Metrics::new()?;
+    if let Some(path) = config.crl.clone() {
+        identities.await_lists();
+        tokio::spawn(revocation::watch(
+            path,
+            identities.clone(),
+            metrics.lists_failing.clone(),
+        ));
+    }
     let context = Arc::new(Context {
         discovery,
-        identities: Identities::new(&control)?,
+        identities,
         pods: pods::Pods::default(),
-        metrics: metrics::Metrics::new()?,
+        metrics,
         agent: context::AgentReport::default(),
         log,
         settings: config.shown(),
@@ -96,6 +109,7 @@ async fn run(config: Config, workers: workers::Workers, log: log::Log) -> anyhow
             connections: config.max_connections,
             pending: config.max_pending,
         },
+        failing: outbound::balance::Failing::default(),
         drain: watch::Sender::new(false),
     });
     for (address, pages) in [
@@ -122,6 +136,7 @@ async fn run(config: Config, workers: workers::Workers, log: log::Log) -> anyhow
     tokio::spawn(recheck::run(context.clone()));
     tokio::spawn(outbound::tunnel::sweep(context.clone()));
     tokio::spawn(forget_idle_series(context.clone()));
+    tokio::spawn(trust::run(context.clone()));
     let mut terminate = signal(SignalKind::terminate())?;
     tokio::select! {
         _ = terminate.recv() => {

@@ -65,6 +65,10 @@ culvert_io::metrics! {
         snapshot_generation: IntGauge = "culvert_snapshot_generation" [],
         /// Workloads known now.
         workloads: IntGauge = "culvert_workloads" [],
+        /// 1 while the file of revocation lists cannot be used; the last good ones stay in force.
+        lists_failing: IntGauge = "culvert_revocation_lists_failing" [],
+        /// Tunnels ended while they were up, by why.
+        tunnels_cut: IntCounterVec = "culvert_tunnels_cut_total" ["direction", "reason"],
         /// Calls of the admin page that change something.
         admin_calls: IntCounterVec = "culvert_admin_calls_total" ["call"],
     }

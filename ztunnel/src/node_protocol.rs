@@ -16,10 +16,13 @@ use crate::{
     workers::Workers,
 };
 use culvert_core::ids::PodUid;
-use culvert_io::agent_socket::{Channel, SocketError, VERSION};
+use culvert_io::{
+    agent_socket::{Channel, Peer, SocketError, VERSION},
+    identity::handover,
+};
 use culvert_proto::agent::{
-    AddPod, Declare, FromAgent, FromZtunnel, Listener, ListenerFd, PodClosed, Ready, ReturnListeners,
-    SocketKind, ZtunnelHello, from_agent, from_ztunnel::Message,
+    AddPod, Declare, FromAgent, FromZtunnel, Introduce, Listener, ListenerFd, PodClosed, Ready,
+    ReturnListeners, SocketKind, ZtunnelHello, from_agent, from_ztunnel::Message,
 };
 use parking_lot::Mutex;
 use std::{
@@ -37,6 +40,7 @@ use std::{
 use tokio::{
     net::{TcpListener, UdpSocket},
     sync::{mpsc, oneshot},
+    task::JoinHandle,
 };
 
 /// How long the agent may take to let a destination through the guard.
@@ -180,17 +184,25 @@ impl Node {
             instance: rand::random(),
         };
         send(&channel, Message::Hello(hello)).await?;
-        let mut ready = false;
+        let (mut ready, mut synced) = (false, false);
+        let mut handover: Option<JoinHandle<()>> = None;
         loop {
             tokio::select! {
                 received = channel.recv::<FromAgent>() => {
                     let Some((message, fds)) = received? else { return Ok(()) };
-                    if let Some(message) = message.message {
-                        self.take(&channel, message, fds).await?;
+                    match message.message {
+                        Some(from_agent::Message::Synced(_)) => synced = true,
+                        Some(from_agent::Message::Introduce(introduce)) => {
+                            handover = self.meet(introduce, fds, channel.peer()?);
+                        }
+                        Some(message) => self.take(&channel, message, fds).await?,
+                        None => {}
                     }
                 }
                 Some(message) = self.outgoing.recv() => channel.send(&message, &[]).await?,
-                () = self.context.discovery.ready(), if !ready => {
+                _ = async { handover.as_mut()?.await.ok() }, if handover.is_some() => handover = None,
+                // A predecessor drains once this is said: first comes what it has to give.
+                () = self.context.ready(), if !ready && synced && handover.is_none() => {
                     ready = true;
                     send(&channel, Message::Ready(Ready {})).await?;
                 }
@@ -245,6 +257,26 @@ impl Node {
             from_agent::Message::Synced(_) | from_agent::Message::Introduce(_) => {}
         }
         Ok(())
+    }
+
+    /// Meets another instance: gives it this one's SVIDs, or takes that one's (settled D6).
+    fn meet(&self, introduce: Introduce, fds: Vec<OwnedFd>, agent: Peer) -> Option<JoinHandle<()>> {
+        let socket = fds.into_iter().next()?;
+        let identities = self.context.identities.clone();
+        Some(tokio::spawn(async move {
+            let passed = async {
+                let channel = Channel::new(socket)?;
+                if introduce.give {
+                    handover::give(channel, agent, &identities).await
+                } else {
+                    handover::take(channel, agent, &identities).await
+                }
+            };
+            match passed.await {
+                Ok(count) => tracing::info!(count, given = introduce.give, "SVIDs handed over"),
+                Err(error) => tracing::warn!(%error, given = introduce.give, "SVIDs were not handed over"),
+            }
+        }))
     }
 
     async fn return_listeners(&self, channel: &Channel) -> Result<(), SocketError> {
@@ -318,7 +350,7 @@ impl Node {
             let resolver = address(&what.resolver);
             let (pod, context) = (pod.clone(), self.context.clone());
             worker.spawn(async move {
-                context.discovery.ready().await;
+                context.ready().await;
                 let name = pod.name.clone();
                 if let Err(error) = listen(kind, fd, resolver, pod, context).await {
                     tracing::error!(pod = name, ?kind, %error, "a listener cannot be used");

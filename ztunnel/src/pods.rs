@@ -4,8 +4,12 @@
 //! so that nothing of it is left when the pod has gone.
 
 use crate::{
-    connections::Connections, context::Limits, inbound::deliver::Ports, outbound::tunnel::Tunnels,
+    connections::Connections,
+    context::Limits,
+    inbound::deliver::Ports,
+    outbound::{balance::Sessions, tunnel::Tunnels},
     sockets::Sockets,
+    trust::LiveTunnels,
 };
 use culvert_core::{
     ids::{PodUid, SpiffeId, WorkloadUid},
@@ -32,6 +36,10 @@ pub struct Pod {
     pub tunnels: Tunnels,
     /// Where its deliveries come from.
     pub ports: Ports,
+    /// Where services with session affinity have taken it.
+    pub sessions: Sessions,
+    /// Every tunnel that is up, of both directions.
+    pub live: LiveTunnels,
     pub connections: Connections,
     /// Dials and handshakes in flight; none of a pod's may take all of the node's.
     pub pending: Semaphore,
@@ -75,6 +83,8 @@ impl Pod {
             sockets,
             tunnels: Tunnels::default(),
             ports: Ports::default(),
+            sessions: Sessions::default(),
+            live: LiveTunnels::default(),
             connections: Connections::new(limits.connections),
             pending: Semaphore::new(limits.pending),
             gone: watch::Sender::new(false),

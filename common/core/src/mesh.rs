@@ -248,6 +248,8 @@ pub struct MeshConfig {
     pub network: NetworkId,
     /// Other trust domains whose identities are accepted, with their roots (PEM).
     pub federated: Box<[(TrustDomain, Arc<str>)]>,
+    /// Streams end with the leaf that their tunnel came up with, renewed or not (settled D14).
+    pub close_at_expiry: bool,
 }
 
 impl MeshConfig {

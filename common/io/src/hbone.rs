@@ -15,7 +15,7 @@ mod stream;
 pub use client::{DialError, OpenError, Tunnel, dial};
 pub use server::{AcceptError, Incoming, Responder, accept};
 pub(crate) use stream::Counted;
-pub use stream::Stream;
+pub use stream::{Peer, Stream, Watch};
 
 use std::time::Duration;
 
@@ -47,8 +47,13 @@ const DATA_FRAME_BUDGET: usize = 256 * 1024 * 1024;
 /// Bytes of decoded headers that a request may have.
 const MAX_HEADER_LIST: u32 = 16 * 1024;
 
-/// How long a peer may take from the first byte to the end of the TLS handshake and HTTP/2 preface.
+/// How long a peer that dialled us may take, from being accepted to the end of the TLS handshake and HTTP/2
+/// preface.
 pub const HANDSHAKE_DEADLINE: Duration = Duration::from_secs(10);
+
+/// How long we wait for the handshake of a peer whose kernel has taken the connection. Its ztunnel may be
+/// away: the listener stays with its agent, and what waits there is served by the next one.
+pub const DIAL_PATIENCE: Duration = Duration::from_secs(120);
 
 /// A tunnel without an answer to a PING is asked again after this, and given up after the second.
 const PING_INTERVAL: Duration = Duration::from_secs(10);

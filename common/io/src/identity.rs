@@ -2,14 +2,17 @@
 //!
 //! ```text
 //! acquire(id) ──▶ fetch task per identity ──CSR──▶ control's CA ──▶ Svid + TrustBundles ──watch──▶ tunnels
+//!                 an older instance ──handover──▶──┘   lists from a file ──┘
 //! ```
 //! Invariant: a key is made here, for one identity, and leaves memory when the last workload of that
 //! identity has left. What the CA answers is taken only if it is what was asked for; otherwise the SVID
 //! in hand stays until it ends.
 
+pub mod handover;
+
 use crate::{
     control::{Control, ControlError, Credentials},
-    tls::{BundleError, Svid, SvidError, TrustBundles, VerifyError},
+    tls::{BundleError, RevocationLists, Svid, SvidError, TrustBundles, VerifyError},
 };
 use culvert_core::ids::{SpiffeId, TrustDomain};
 use culvert_proto::ca::{
@@ -33,7 +36,42 @@ use tonic::{service::interceptor::InterceptedService, transport::Channel};
 pub struct Credential {
     pub svid: Svid,
     pub bundles: Arc<TrustBundles>,
+    /// The roots inside the bundles, as they came (PEM).
+    roots: Arc<str>,
 }
+
+impl Credential {
+    /// Takes an SVID and its roots only if it is for `id` and valid now.
+    fn checked(id: &SpiffeId, svid: Svid, roots: &str, now: SystemTime) -> Result<Self, IssueError> {
+        if svid.id() != id {
+            return Err(IssueError::OtherId {
+                asked: id.clone(),
+                got: svid.id().clone(),
+            });
+        }
+        if svid.not_before() > now + CLOCKS_DIFFER || svid.not_after() <= now {
+            return Err(IssueError::NotNow);
+        }
+        let bundles = bundles(id, roots)?;
+        svid.verify(&bundles)?;
+        Ok(Self {
+            bundles: Arc::new(bundles),
+            svid,
+            roots: roots.into(),
+        })
+    }
+}
+
+fn bundles(id: &SpiffeId, roots: &str) -> Result<TrustBundles, IssueError> {
+    let trust_domain: TrustDomain = id.trust_domain().parse().map_err(SvidId)?;
+    Ok(TrustBundles::default().with_roots(&trust_domain, roots)?)
+}
+
+/// The difference between clocks that is tolerated when an SVID begins; one that has ended is not taken.
+const CLOCKS_DIFFER: Duration = Duration::from_secs(60);
+
+/// What a predecessor has given is kept so long for workloads that have not arrived yet.
+const UNCLAIMED: Duration = Duration::from_secs(30);
 
 /// Requests to the CA under way at once.
 const IN_FLIGHT: usize = 8;
@@ -83,12 +121,26 @@ struct Store {
     held: Mutex<HashMap<SpiffeId, Weak<Entry>>>,
     issued: AtomicU64,
     failed: AtomicU64,
+    /// From a predecessor, until its workload arrives.
+    handed: Mutex<HashMap<SpiffeId, Credential>>,
+    lists: watch::Sender<Lists>,
     /// Tasks run here, whichever thread asks.
     runtime: tokio::runtime::Handle,
 }
 
+/// The revocation lists in force.
+#[derive(Debug, Clone)]
+enum Lists {
+    /// No file is configured.
+    None,
+    /// A file is configured and has not been read yet: nobody is trusted.
+    Awaited,
+    Read(RevocationLists),
+}
+
 struct Entry {
     id: SpiffeId,
+    lists: watch::Receiver<Lists>,
     current: watch::Sender<Option<Credential>>,
     task: Mutex<Option<tokio::task::AbortHandle>>,
 }
@@ -112,6 +164,9 @@ impl Lease {
 
     /// The SVID in hand, if it is valid now.
     pub fn current(&self) -> Option<Credential> {
+        if let Lists::Awaited = *self.0.lists.borrow() {
+            return None;
+        }
         let current = self.0.current.borrow();
         current
             .as_ref()
@@ -161,6 +216,8 @@ impl Identities {
             held: Mutex::default(),
             issued: AtomicU64::default(),
             failed: AtomicU64::default(),
+            handed: Mutex::default(),
+            lists: watch::Sender::new(Lists::None),
             runtime: tokio::runtime::Handle::current(),
         })))
     }
@@ -174,9 +231,13 @@ impl Identities {
         held.retain(|_, entry| entry.strong_count() > 0);
         let entry = Arc::new(Entry {
             id: id.clone(),
+            lists: self.0.lists.subscribe(),
             current: watch::Sender::new(None),
             task: Mutex::default(),
         });
+        if let Some(handed) = self.0.handed.lock().remove(id) {
+            self.0.publish(&entry, handed);
+        }
         held.insert(id.clone(), Arc::downgrade(&entry));
         let task = keep(self.0.clone(), Arc::downgrade(&entry), id.clone());
         *entry.task.lock() = Some(self.0.runtime.spawn(task).abort_handle());
@@ -197,6 +258,74 @@ impl Identities {
             .map(|entry| (entry.id.clone(), entry.current.borrow().clone()))
             .collect()
     }
+
+    /// From now on a revocation list is demanded: until `set_lists` no SVID is given out.
+    pub fn await_lists(&self) {
+        self.0.lists.send_replace(Lists::Awaited);
+    }
+
+    /// Puts revocation lists in force, for tunnels to come; their owners judge what is open.
+    pub fn set_lists(&self, lists: RevocationLists) {
+        self.0.lists.send_replace(Lists::Read(lists));
+        let held: Vec<_> = self.0.held.lock().values().filter_map(Weak::upgrade).collect();
+        for entry in held {
+            let current = entry.current.borrow().clone();
+            if let Some(credential) = current {
+                self.0.publish(&entry, credential);
+            }
+        }
+    }
+
+    /// Returns once no revocation list is awaited.
+    pub async fn lists_read(&self) {
+        // The sender lives as long as `self`.
+        let _ = self
+            .0
+            .lists
+            .subscribe()
+            .wait_for(|lists| !matches!(lists, Lists::Awaited))
+            .await;
+    }
+
+    pub fn are_lists_read(&self) -> bool {
+        !matches!(*self.0.lists.borrow(), Lists::Awaited)
+    }
+
+    /// Takes what a predecessor has given: for a workload that waits, or one that will arrive soon.
+    fn take_over(&self, credential: Credential) {
+        let id = credential.svid.id();
+        let entry = self.0.held.lock().get(id).and_then(Weak::upgrade);
+        match entry {
+            Some(entry) if entry.current.borrow().is_none() => self.0.publish(&entry, credential),
+            Some(_) => {}
+            None => _ = self.0.handed.lock().insert(id.clone(), credential),
+        }
+    }
+
+    /// Lets go of what no workload has claimed.
+    async fn forget_unclaimed(&self) {
+        tokio::time::sleep(UNCLAIMED).await;
+        self.0.handed.lock().clear();
+    }
+}
+
+impl Store {
+    /// Publishes an SVID with its roots and the lists in force.
+    fn publish(&self, entry: &Entry, credential: Credential) {
+        let Credential { svid, roots, .. } = credential;
+        // They were read before.
+        let Ok(mut bundles) = bundles(svid.id(), &roots) else {
+            return;
+        };
+        if let Lists::Read(lists) = &*self.lists.borrow() {
+            bundles = bundles.with_lists(lists);
+        }
+        entry.current.send_replace(Some(Credential {
+            svid,
+            bundles: Arc::new(bundles),
+            roots,
+        }));
+    }
 }
 
 /// Fetches, then renews at half life, for as long as the entry lives.
@@ -205,22 +334,26 @@ async fn keep(store: Arc<Store>, entry: Weak<Entry>, id: SpiffeId) {
     // Once the CA is back, no more than one renewal's time passes until it is asked again (F13).
     let mut longest = LONGEST_PAUSE;
     loop {
+        let held = entry.upgrade().and_then(|entry| entry.current.borrow().clone());
+        match held {
+            // Of a predecessor, or just issued.
+            Some(held) if failures == 0 => until_renewal(&held.svid).await,
+            _ => {}
+        }
         let issued = {
             let Ok(_permit) = store.in_flight.acquire().await else {
                 return;
             };
             store.issuer.issue(&id).await
         };
-        let Some(held) = entry.upgrade() else { return };
-        let pause = match issued {
+        let Some(entry) = entry.upgrade() else { return };
+        match issued {
             Ok(credential) => {
                 store.issued.fetch_add(1, Ordering::Relaxed);
                 failures = 0;
-                let pause = until_renewal(&credential.svid);
-                longest = pause.min(LONGEST_PAUSE);
-                tracing::info!(%id, serial = credential.svid.serial(), renew_in = ?pause, "SVID issued");
-                held.current.send_replace(Some(credential));
-                pause
+                longest = half_of_what_is_left(&credential.svid).min(LONGEST_PAUSE);
+                tracing::info!(%id, serial = credential.svid.serial(), "SVID issued");
+                store.publish(&entry, credential);
             }
             Err(error) => {
                 store.failed.fetch_add(1, Ordering::Relaxed);
@@ -230,31 +363,49 @@ async fn keep(store: Arc<Store>, entry: Weak<Entry>, id: SpiffeId) {
                     .min(longest)
                     .mul_f64(rand::random_range(0.8..1.2));
                 tracing::error!(%id, %error, retry_in = ?pause, "no SVID issued; keeping the one in hand");
-                pause
+                drop(entry);
+                tokio::time::sleep(pause).await;
             }
-        };
-        drop(held);
-        sleep_by_wall_clock(pause).await;
+        }
     }
 }
 
-/// Half of the life that is left, spread by ±10 % so that a node's identities do not renew together.
-fn until_renewal(svid: &Svid) -> Duration {
-    let life = svid
-        .not_after()
-        .duration_since(SystemTime::now())
-        .unwrap_or_default();
-    life.mul_f64(0.5 * rand::random_range(0.9..1.1))
+fn half_of_what_is_left(svid: &Svid) -> Duration {
+    let left = svid.not_after().duration_since(SystemTime::now());
+    left.unwrap_or_default() / 2
 }
 
-/// Sleeps in steps, so that a suspended host or a clock that was set does not miss a renewal.
-async fn sleep_by_wall_clock(pause: Duration) {
+/// Waits in steps, so that a suspended host or a clock that was set does not miss a renewal.
+async fn until_renewal(svid: &Svid) {
     const STEP: Duration = Duration::from_secs(10);
-    let end = SystemTime::now() + pause;
-    while let Ok(left) = end.duration_since(SystemTime::now()) {
-        // A clock set back must not stretch the sleep.
-        tokio::time::sleep(left.min(STEP).min(pause)).await;
+    let spread = rand::random_range(0.9..1.1);
+    let began = SystemTime::now();
+    while let Some(left) = renews_in(
+        svid.not_before(),
+        svid.not_after(),
+        began,
+        SystemTime::now(),
+        spread,
+    ) {
+        tokio::time::sleep(left.min(STEP)).await;
     }
+}
+
+/// How long until an SVID taken at `began` is renewed: at half of the life that it had then, spread so that
+/// a node's identities do not renew together; at once when it is not valid by a clock that has been set.
+fn renews_in(
+    not_before: SystemTime,
+    not_after: SystemTime,
+    began: SystemTime,
+    now: SystemTime,
+    spread: f64,
+) -> Option<Duration> {
+    let life = not_after.duration_since(began).unwrap_or_default();
+    let due = began + life.mul_f64(0.5 * spread);
+    if not_before > now + CLOCKS_DIFFER {
+        return None;
+    }
+    due.duration_since(now).ok().filter(|left| !left.is_zero())
 }
 
 struct Issuer {
@@ -297,24 +448,7 @@ fn accept_answer(id: &SpiffeId, elements: &[String], key: &str) -> Result<Creden
         return Err(IssueError::Shape(elements.len()));
     };
     let svid = Svid::from_pem(&chain.concat(), key)?;
-    if svid.id() != id {
-        return Err(IssueError::OtherId {
-            asked: id.clone(),
-            got: svid.id().clone(),
-        });
-    }
-    let now = SystemTime::now();
-    // A minute's difference between clocks is tolerated; an SVID that has ended is not.
-    if svid.not_before() > now + Duration::from_secs(60) || svid.not_after() <= now {
-        return Err(IssueError::NotNow);
-    }
-    let trust_domain: TrustDomain = id.trust_domain().parse().map_err(SvidId)?;
-    let bundles = TrustBundles::default().with_roots(&trust_domain, roots)?;
-    svid.verify(&bundles)?;
-    Ok(Credential {
-        svid,
-        bundles: Arc::new(bundles),
-    })
+    Credential::checked(id, svid, roots, SystemTime::now())
 }
 
 /// A checked ID has a legal trust domain; should that ever fail, the answer is refused as no SVID.
@@ -326,5 +460,7 @@ impl From<SvidId> for IssueError {
     }
 }
 
+#[cfg(test)]
+mod lifecycle_tests;
 #[cfg(test)]
 mod tests;

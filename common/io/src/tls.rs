@@ -14,11 +14,11 @@ mod leaf;
 mod svid;
 mod verify;
 
-pub use bundle::{BundleError, TrustBundles};
+pub use bundle::{BundleError, RevocationLists, TrustBundles};
 pub use config::{client_config, server_config};
 pub use leaf::{LeafError, leaf_expiry, leaf_identity};
 pub use svid::{Svid, SvidError};
-pub use verify::{Expected, VerifyError};
+pub use verify::{Expected, VerifyError, still_trusted};
 
 #[cfg(test)]
 pub(crate) mod tests;

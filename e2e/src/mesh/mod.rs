@@ -395,6 +395,11 @@ impl MeshNode {
         for folder in ["socket", "run"] {
             fs::create_dir_all(self.path(folder))?;
         }
+        // Where ztunnel alone keeps its last good state.
+        let state = self.path("state");
+        fs::create_dir_all(&state)?;
+        fs::set_permissions(&state, fs::Permissions::from_mode(0o700))?;
+        chown(&state, Some(ZTUNNEL_UID), Some(ZTUNNEL_UID))?;
         fs::create_dir_all(self.node.path("/run/netns"))?;
         // Readable by the agent (root) and ztunnel, as a projected token is.
         for (file, owner) in [("token", ZTUNNEL_UID), ("agent-token", 0)] {
@@ -490,6 +495,7 @@ impl MeshNode {
             CONTROL_NAME,
         ]);
         command.args(["--token", &inside("token"), "--node", self.name()]);
+        command.args(["--state-dir", &inside("state")]);
         if pages.is_empty() {
             command.args(["--admin", &format!("127.0.0.1:{ADMIN_PORT}")]);
             command.args(["--metrics", &format!("[::]:{METRICS_PORT}")]);

@@ -1,13 +1,14 @@
 //! The network and the pods misbehave; bytes and identities do not.
 
-use std::io::Read;
+use std::io::{ErrorKind, Read};
 use std::net::{SocketAddr, TcpStream};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use culvert_e2e::lab::capture::{Recording, Sighting};
 use culvert_e2e::lab::{Effect, Pod, PodSpec, poll_until};
+use culvert_e2e::load::{Attempts, Failure, all_complete};
 use culvert_e2e::mesh::{Mesh, MeshNode, Options, config};
 use culvert_e2e::oracles::Steady;
 use culvert_e2e::traffic::{Server, echo_once, send_pattern};
@@ -277,4 +278,57 @@ fn f49_a_bad_link_costs_time_and_no_bytes() {
         node.set_mtu(576).unwrap();
     }
     transfer(2 << 20, "MTU 576");
+}
+
+#[test]
+fn f49_a_third_lost_and_a_tenth_reset_are_outlasted() {
+    let shop = Shop::open();
+    let _digest = Server::digest(shop.cart.listen(8080).unwrap()).unwrap();
+    let _echo = Server::echo(shop.cart.listen(8081).unwrap()).unwrap();
+    let lab = shop.mesh.lab();
+    let (a, b) = (shop.a.node(), shop.b.node());
+    let disturb = |per_mille, effect| {
+        for (from, to) in [(a, b), (b, a)] {
+            lab.disturb(from, to, per_mille, effect).unwrap();
+        }
+    };
+    let echo = SocketAddr::from((shop.cart.addresses().v4, 8081));
+    let patience = Duration::from_secs(60);
+    // The tunnel itself is dialled over the bad link.
+    disturb(300, Effect::Lost);
+    let attempts = Attempts::start(&shop.web, echo, 10, patience).unwrap();
+    let healed = thread::scope(|scope| {
+        let transfer = scope.spawn(|| {
+            let socket = shop.web.connect_within((shop.vip.v4, 80), patience).unwrap();
+            socket.set_read_timeout(Some(patience)).unwrap();
+            let sent = send_pattern(&socket, 4 << 20, 6).unwrap();
+            let mut arrived = String::new();
+            (&socket).read_to_string(&mut arrived).unwrap();
+            assert_eq!(arrived, sent);
+        });
+        thread::sleep(Duration::from_secs(6));
+        lab.heal().unwrap();
+        let healed = Instant::now();
+        transfer.join().unwrap();
+        healed.elapsed()
+    });
+    assert!(
+        healed < Duration::from_secs(20),
+        "a transfer stood for {healed:?} after the link was whole"
+    );
+    all_complete(&attempts.stop().unwrap()).unwrap();
+    // A reset ends a connection and is said to be one: nothing hangs, nothing is garbled.
+    disturb(100, Effect::Reset);
+    let attempts = Attempts::start(&shop.web, echo, 20, patience).unwrap();
+    thread::sleep(Duration::from_secs(4));
+    lab.heal().unwrap();
+    for attempt in attempts.stop().unwrap() {
+        match attempt.outcome {
+            Ok(()) | Err(Failure::Lost(ErrorKind::ConnectionReset)) => {}
+            other => panic!("{other:?}"),
+        }
+    }
+    let attempts = Attempts::start(&shop.web, echo, 20, WAIT).unwrap();
+    thread::sleep(Duration::from_secs(1));
+    all_complete(&attempts.stop().unwrap()).unwrap();
 }

@@ -13,6 +13,8 @@ mod peers;
 mod processes;
 mod programs;
 mod restarts;
+mod revocation;
+mod state;
 mod streams;
 mod telemetry;
 mod wire;

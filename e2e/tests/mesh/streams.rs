@@ -1,11 +1,12 @@
 //! TCP through the mesh is TCP: long, many, half-closed, silent, either end first.
 
-use std::io::{BufRead, BufReader, Read, Write};
+use std::io::{BufRead, BufReader, ErrorKind, Read, Write};
 use std::net::{Shutdown, TcpStream};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use culvert_e2e::traffic::{Server, echo_once, send_pattern};
+use socket2::SockRef;
 
 use crate::{Shop, WAIT};
 
@@ -130,6 +131,59 @@ fn f53_a_server_that_speaks_first_is_heard_at_once() {
         "connect and greeting took {took:?}"
     );
     echo_once(&socket, b"EHLO").unwrap();
+}
+
+#[test]
+fn f53_a_reset_is_a_reset_and_an_urgent_byte_is_a_byte() {
+    let shop = Shop::open();
+    let listener = shop.cart.listen(8080).unwrap();
+    for ip in shop.vip.all() {
+        let pair = || {
+            let client = shop.web.connect((ip, 80)).unwrap();
+            client.set_read_timeout(Some(WAIT)).unwrap();
+            (client, accept(&listener))
+        };
+        // Either end resets in the middle of a stream; the other is told so, and not that it has ended.
+        for client_resets in [true, false] {
+            let (mut client, mut server) = pair();
+            client.write_all(b"begun").unwrap();
+            server.read_exact(&mut [0; 5]).unwrap();
+            let (resetting, told) = if client_resets {
+                (client, &mut server)
+            } else {
+                (server, &mut client)
+            };
+            SockRef::from(&resetting)
+                .set_linger(Some(Duration::ZERO))
+                .unwrap();
+            drop(resetting);
+            let error = told.read(&mut [0; 1]).unwrap_err();
+            assert_eq!(
+                error.kind(),
+                ErrorKind::ConnectionReset,
+                "{ip}, by the client: {client_resets}"
+            );
+        }
+        // Writes of nothing say nothing; an urgent byte arrives in its place.
+        let (mut client, mut server) = pair();
+        for part in [&b""[..], b"before", b"", b""] {
+            client.write_all(part).unwrap();
+            // Through the tunnel before what follows, so that nothing hides a byte out of place.
+            thread::sleep(Duration::from_millis(50));
+        }
+        SockRef::from(&client).send_out_of_band(b"!").unwrap();
+        thread::sleep(Duration::from_millis(50));
+        client.write_all(b"after").unwrap();
+        client.shutdown(Shutdown::Write).unwrap();
+        let mut all = String::new();
+        server.read_to_string(&mut all).unwrap();
+        assert_eq!(all, "before!after", "{ip}");
+        SockRef::from(&server).send_out_of_band(b"?").unwrap();
+        drop(server);
+        let mut all = String::new();
+        client.read_to_string(&mut all).unwrap();
+        assert_eq!(all, "?", "{ip}");
+    }
 }
 
 fn greeted(shop: &Shop) -> TcpStream {

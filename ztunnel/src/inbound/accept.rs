@@ -11,6 +11,7 @@ use crate::{
     context::{Context, IDENTITY_PATIENCE},
     metrics::{Flag, Reporter},
     pods::Pod,
+    trust::{Direction, Live},
 };
 use culvert_core::{
     hbone::{Authority, Connect, ConnectError, Traceparent},
@@ -127,7 +128,7 @@ pub async fn serve(accepted: Accepted, pod: Arc<Pod>, context: Arc<Context>) {
         let tunnels = &context.metrics.tunnels;
         tunnels.with_label_values(&["inbound", outcome]).inc();
     };
-    let incoming = match handshake(socket, &pod).await {
+    let incoming = match handshake(socket, peer.ip(), &pod).await {
         Ok(incoming) => incoming,
         Err(error) => {
             count(error.reason());
@@ -162,7 +163,11 @@ fn tunnel_of(peer: SocketAddr, local: SocketAddr, pod: &Pod, context: &Context) 
     known
 }
 
-async fn handshake(socket: TcpStream, pod: &Pod) -> Result<Incoming<TcpStream>, HandshakeError> {
+async fn handshake(
+    socket: TcpStream,
+    peer: IpAddr,
+    pod: &Pod,
+) -> Result<Incoming<TcpStream>, HandshakeError> {
     // Beyond the bound the newest are shed, before any work is done for them.
     let _pending = pod.pending.try_acquire().map_err(|_| HandshakeError::Limit)?;
     let credential = pod
@@ -171,7 +176,10 @@ async fn handshake(socket: TcpStream, pod: &Pod) -> Result<Incoming<TcpStream>, 
         .await
         .ok_or(HandshakeError::Identity)?;
     let config = server_config(&credential.svid, &credential.bundles)?;
-    Ok(accept(socket, config).await?)
+    let incoming = accept(socket, config).await?;
+    let tunnel = Live::new(Direction::Inbound, peer, incoming.watch(), &credential);
+    pod.live.add(tunnel);
+    Ok(incoming)
 }
 
 async fn streams(
@@ -181,7 +189,7 @@ async fn streams(
     pod: Arc<Pod>,
     context: Arc<Context>,
 ) {
-    let identity = incoming.peer.clone();
+    let identity = incoming.peer().clone();
     let mut drained = false;
     loop {
         let next = tokio::select! {

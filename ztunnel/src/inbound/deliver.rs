@@ -60,6 +60,7 @@ pub async fn deliver(pod: &Pod, permit: &Permit, client: IpAddr) -> Result<TcpSt
             .await
             .ok_or(DeliverError::NoSocket)?;
         unpaced(&socket);
+        socket2::SockRef::from(&socket).set_out_of_band_inline(true)?;
         let named = left > 0 && from_client;
         if from_client {
             let port = if named { pod.ports.next() } else { 0 };

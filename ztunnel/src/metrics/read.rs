@@ -97,7 +97,9 @@ fn discovery(page: &mut Page, context: &Context) {
         .iter()
         .for_each(|of| family.sample(&[of.url], of.refused as f64));
     page.one(&CONTROL_CONNECTED, f64::from(u8::from(stats.is_up())));
-    page.one(&CONFIG_AGE, stats.age().as_secs_f64());
+    // What was read from disk at the start is older than this process.
+    let age = context.discovery.config_age().unwrap_or_else(|| stats.age());
+    page.one(&CONFIG_AGE, age.as_secs_f64());
 }
 
 fn svids(page: &mut Page, context: &Context) {

@@ -1,7 +1,7 @@
 //! A captured connection: from `accept` to the relay.
 
 use super::{
-    balance::choose,
+    balance::{Choice, choose},
     route::{Hop, Passthrough, Refusal, Route, route},
     tunnel::TunnelError,
 };
@@ -22,13 +22,27 @@ use culvert_core::{
 };
 use culvert_io::{
     copy::{Initiator, relay, relay_plain, reset},
-    hbone::Stream,
+    hbone::{DIAL_PATIENCE, Stream},
 };
-use std::{io, net::SocketAddr, sync::Arc};
-use tokio::net::TcpStream;
+use std::{
+    io,
+    net::SocketAddr,
+    sync::Arc,
+    time::{Duration, Instant},
+};
+use tokio::{io::Interest, net::TcpStream};
 
-/// Endpoints tried for one connection before it is refused.
-const ATTEMPTS: usize = 3;
+/// Tries of one connection before it is refused: at other endpoints first, then where the way had failed.
+const ATTEMPTS: usize = 5;
+
+/// No try begins after this.
+const TRY_WITHIN: Duration = Duration::from_secs(30);
+
+/// Pause before an endpoint is tried again; doubled each time.
+const TRY_AGAIN: Duration = Duration::from_millis(100);
+
+/// How long a silent endpoint is waited for while another may take the connection.
+const ELSEWHERE_AFTER: Duration = Duration::from_secs(3);
 
 /// Why a captured connection was not carried.
 #[derive(Debug, thiserror::Error)]
@@ -49,6 +63,8 @@ enum CaptureError {
     NoSocket,
     #[error("connecting: {0}")]
     Connect(io::Error),
+    #[error("the application has given up")]
+    GivenUp,
 }
 
 impl Refusing for CaptureError {
@@ -62,6 +78,7 @@ impl Refusing for CaptureError {
             Self::Declare(_) => "guard",
             Self::NoSocket => "no_socket",
             Self::Connect(_) => "connect",
+            Self::GivenUp => "given_up",
         }
     }
 
@@ -110,7 +127,7 @@ pub async fn serve(accepted: Accepted, pod: Arc<Pod>, context: Arc<Context>) {
 }
 
 /// Brings the connection up, or refuses it.
-async fn bring_up<'p>(accepted: Accepted, pod: &'p Pod, context: &Arc<Context>) -> Option<Carried<'p>> {
+async fn bring_up<'p>(accepted: Accepted, pod: &'p Arc<Pod>, context: &Arc<Context>) -> Option<Carried<'p>> {
     let (source, destination) = (accepted.peer, accepted.original_destination());
     let mut known = Known::new(Reporter::Source, source, destination);
     known.source_identity = Some(pod.identity().clone());
@@ -130,7 +147,7 @@ async fn bring_up<'p>(accepted: Accepted, pod: &'p Pod, context: &Arc<Context>) 
 async fn carry<'p>(
     socket: &mut Option<TcpStream>,
     known: &mut Known,
-    pod: &'p Pod,
+    pod: &'p Arc<Pod>,
     context: &Arc<Context>,
 ) -> Result<Option<Carried<'p>>, CaptureError> {
     let destination = known.destination_address.ok_or(CaptureError::NotRedirected)?;
@@ -139,16 +156,25 @@ async fn carry<'p>(
         .await
         .ok_or(CaptureError::UnknownPod)?;
     known.source = Some(own.clone());
+    let began = Instant::now();
     let mut avoid: Vec<WorkloadUid> = vec![];
-    let mut failed = None;
-    for _ in 0..ATTEMPTS {
-        match decide(pod, context, &own, destination, &avoid, known).await {
+    let mut failed: Option<TunnelError> = None;
+    for attempt in 0..ATTEMPTS {
+        let Decided { route, others } = decide(pod, context, &own, destination, &avoid, known).await;
+        match route {
             Route::Tunnel(hop) => {
-                let tunnelled = through_tunnel(socket, destination, known, pod, context, &own, &hop);
+                let patience = if others { ELSEWHERE_AFTER } else { DIAL_PATIENCE };
+                let tunnelled =
+                    through_tunnel(socket, destination, known, pod, context, &own, &hop, patience);
                 match Box::pin(tunnelled).await {
                     Err(CaptureError::Tunnel(error)) if error.elsewhere() && hop.service.is_some() => {
+                        context.failing.failed(&hop.endpoint.uid);
                         avoid.push(hop.endpoint.uid.clone());
                         failed = Some(error);
+                    }
+                    Err(CaptureError::Tunnel(error)) if error.passes() => {
+                        failed = Some(error);
+                        wait_for_another_try(socket.as_ref(), attempt).await?;
                     }
                     done => return done,
                 }
@@ -157,12 +183,45 @@ async fn carry<'p>(
                 return Box::pin(directly(socket, destination, known, pod, context, &direct)).await;
             }
             // Every endpoint has been tried: what went wrong there says more.
-            Route::Refuse(Refusal::NoEndpoint(_)) if failed.is_some() => break,
+            Route::Refuse(Refusal::NoEndpoint(service)) => match failed.take() {
+                Some(error) if error.passes() => {
+                    failed = Some(error);
+                    avoid.clear();
+                    wait_for_another_try(socket.as_ref(), attempt).await?;
+                }
+                Some(error) => return Err(error.into()),
+                None => return Err(Refusal::NoEndpoint(service).into()),
+            },
             Route::Refuse(refusal) => return Err(refusal.into()),
             Route::Ask(address) => return Err(Refusal::Unanswered(address.ip).into()),
         }
+        if began.elapsed() > TRY_WITHIN {
+            break;
+        }
     }
     Err(failed.map_or(CaptureError::UnknownPod, CaptureError::Tunnel))
+}
+
+async fn wait_for_another_try(socket: Option<&TcpStream>, attempt: usize) -> Result<(), CaptureError> {
+    tokio::select! {
+        () = tokio::time::sleep(TRY_AGAIN * (1 << attempt)) => Ok(()),
+        () = given_up(socket) => Err(CaptureError::GivenUp),
+    }
+}
+
+/// Returns once the application has reset its connection. One that has only sent its end still waits.
+async fn given_up(socket: Option<&TcpStream>) {
+    let Some(socket) = socket else {
+        return std::future::pending().await;
+    };
+    // It fails only while the runtime ends.
+    let _ = socket.ready(Interest::ERROR).await;
+}
+
+/// A route, and whether another endpoint could have been chosen.
+struct Decided {
+    route: Route,
+    others: bool,
 }
 
 /// Routes; when control has not answered for the address yet, asks it once and routes again.
@@ -173,25 +232,33 @@ async fn decide(
     destination: SocketAddr,
     avoid: &[WorkloadUid],
     known: &mut Known,
-) -> Route {
+) -> Decided {
     let mut once = || {
         let snapshot = context.discovery.snapshot();
-        let mut chosen = None;
-        let routed = route(&snapshot, own, destination, &mut |service, usable| {
-            let index = choose(service, own, usable, avoid, |endpoint| pod.tunnels.load(endpoint))?;
+        let (mut chosen, mut others) = (None, false);
+        let route = route(&snapshot, own, destination, &mut |service, usable| {
+            let untried = usable.iter().filter(|endpoint| !avoid.contains(&endpoint.uid));
+            others = untried.count() > 1;
+            let by = Choice {
+                client: &pod.uid,
+                sessions: &pod.sessions,
+                avoid,
+                failing: &context.failing,
+                load: &|endpoint| pod.tunnels.load(endpoint),
+            };
+            let index = choose(service, own, usable, &by)?;
             chosen = usable.get(index).cloned();
             Some(index)
         });
-        meet(known, &snapshot, own, destination, &routed, chosen);
-        routed
+        meet(known, &snapshot, own, destination, &route, chosen);
+        Decided { route, others }
     };
-    match once() {
-        Route::Ask(address) => {
-            context.discovery.resolve(&address).await;
-            once()
-        }
-        decided => decided,
+    let decided = once();
+    if let Route::Ask(address) = &decided.route {
+        context.discovery.resolve(address).await;
+        return once();
     }
+    decided
 }
 
 /// Keeps who is at the other end: of what is refused, who it would have been.
@@ -225,14 +292,19 @@ fn meet(
     known.service = service.map(Served::Whole);
 }
 
+#[expect(
+    clippy::too_many_arguments,
+    reason = "each is of another kind, and they meet here alone"
+)]
 async fn through_tunnel<'p>(
     socket: &mut Option<TcpStream>,
     destination: SocketAddr,
     known: &mut Known,
-    pod: &'p Pod,
+    pod: &'p Arc<Pod>,
     context: &Arc<Context>,
     own: &Workload,
     hop: &Hop,
+    patience: Duration,
 ) -> Result<Option<Carried<'p>>, CaptureError> {
     let connect = Connect {
         authority: Authority::Address(hop.target),
@@ -255,7 +327,14 @@ async fn through_tunnel<'p>(
             service: hop.service.as_ref().map(|service| service.key.clone()),
         },
     };
-    let stream = pod.tunnels.open(pod, context, hop, &connect).await?;
+    let stream = tokio::select! {
+        stream = pod.tunnels.open(pod, context, hop, &connect, patience) => stream?,
+        () = given_up(socket.as_ref()) => return Err(CaptureError::GivenUp),
+    };
+    context.failing.works(&hop.endpoint.uid);
+    if let Some(service) = &hop.service {
+        pod.sessions.used(service, &hop.endpoint.uid);
+    }
     let open = pod.connections.open(facts, known, &context.metrics)?;
     context
         .metrics

@@ -12,6 +12,7 @@ use crate::{
     context::{CONNECT_DEADLINE, Context, IDENTITY_PATIENCE},
     metrics::{Flag, Reporter},
     pods::Pod,
+    trust::{Direction, Live},
 };
 use culvert_core::{
     hbone::Connect,
@@ -25,13 +26,14 @@ use culvert_io::{
 };
 use parking_lot::Mutex;
 use std::{
-    collections::HashMap,
+    collections::{HashMap, HashSet},
     convert::Infallible,
     io,
     net::SocketAddr,
     sync::Arc,
     time::{Duration, Instant, SystemTime},
 };
+use tokio::task::JoinHandle;
 
 /// Streams a tunnel carries before another is dialled beside it.
 const STRIPE_AT: usize = MAX_STREAMS as usize / 2;
@@ -48,6 +50,11 @@ const SWEEP: Duration = Duration::from_secs(1);
 
 /// How long a failed dial answers for those who come right after it.
 const FAILURE_LASTS: Duration = Duration::from_millis(100);
+
+/// How soon a peer's node that has gone is noticed while its ztunnel is waited for: its kernel answers these.
+const PROBE_AFTER: Duration = Duration::from_secs(10);
+const PROBE_EVERY: Duration = Duration::from_secs(5);
+const PROBES: u32 = 3;
 
 /// What makes two connections to one endpoint share a tunnel (settled D13); the pod is the map's owner.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
@@ -77,6 +84,9 @@ struct Slot {
 struct Pool {
     tunnels: Vec<Pooled>,
     failed: Option<(Instant, Arc<TunnelError>)>,
+    /// The dial under way. It outlives those who wait for it: an application that gives up does not take the
+    /// place of the others in the peer's queue.
+    dialling: Option<JoinHandle<Result<Pooled, TunnelError>>>,
 }
 
 struct Pooled {
@@ -96,6 +106,10 @@ pub enum TunnelError {
     Timeout { peer: SocketAddr },
     #[error("connecting to {peer}: {source}")]
     Connect { peer: SocketAddr, source: io::Error },
+    #[error("{peer} has accepted the connection and is silent")]
+    Slow { peer: SocketAddr },
+    #[error("the endpoint or the pod has gone while it was dialled")]
+    Gone,
     #[error("TLS configuration: {0}")]
     Config(#[from] rustls::Error),
     #[error(transparent)]
@@ -111,11 +125,26 @@ impl TunnelError {
     pub fn elsewhere(&self) -> bool {
         match self {
             Self::Identity | Self::NoSocket | Self::Config(_) => false,
-            Self::Timeout { .. } | Self::Connect { .. } | Self::Dial(_) => true,
+            Self::Timeout { .. } | Self::Connect { .. } | Self::Slow { .. } | Self::Gone | Self::Dial(_) => {
+                true
+            }
             Self::Open(OpenError::Refused(status)) => *status == http::StatusCode::SERVICE_UNAVAILABLE,
-            Self::Open(OpenError::Closing(_) | OpenError::Failed(_)) => true,
+            Self::Open(OpenError::Closing(_) | OpenError::Failed(_) | OpenError::Full) => true,
             Self::Open(OpenError::Request(_)) => false,
             Self::Shared(error) => error.elsewhere(),
+        }
+    }
+
+    /// Whether the same endpoint may take the connection a moment later: the way to it failed, and nobody
+    /// there has said no.
+    pub fn passes(&self) -> bool {
+        match self {
+            Self::Timeout { .. } | Self::Slow { .. } | Self::Gone => true,
+            Self::Connect { source, .. } => source.kind() == io::ErrorKind::ConnectionReset,
+            Self::Dial(error) => error.broke(),
+            Self::Open(error) => error.broke(),
+            Self::Identity | Self::NoSocket | Self::Config(_) => false,
+            Self::Shared(error) => error.passes(),
         }
     }
 
@@ -125,6 +154,8 @@ impl TunnelError {
             Self::Identity => "identity",
             Self::NoSocket => "no_socket",
             Self::Timeout { .. } => "timeout",
+            Self::Slow { .. } => "slow",
+            Self::Gone => "gone",
             Self::Connect { .. } => "connect",
             Self::Config(_) => "config",
             Self::Dial(error) => error.verdict().map_or("handshake", VerifyError::reason),
@@ -139,7 +170,7 @@ impl TunnelError {
         match self {
             Self::Identity => Flag::IdentityError,
             Self::Timeout { .. } => Flag::NetworkPolicy,
-            Self::NoSocket | Self::Connect { .. } => Flag::Connect,
+            Self::NoSocket | Self::Connect { .. } | Self::Slow { .. } | Self::Gone => Flag::Connect,
             Self::Config(_) => Flag::TlsFailure,
             Self::Dial(DialError::Http(_)) => Flag::H2HandshakeFailure,
             Self::Dial(error) => match error.verdict() {
@@ -154,13 +185,14 @@ impl TunnelError {
 }
 
 impl Tunnels {
-    /// Opens a stream to `hop`, over a tunnel in hand or a new one.
+    /// Opens a stream to `hop`, over a tunnel in hand or a new one, which is waited for for `patience`.
     pub async fn open(
         &self,
-        pod: &Pod,
+        pod: &Arc<Pod>,
         context: &Arc<Context>,
         hop: &Hop,
         connect: &Connect,
+        patience: Duration,
     ) -> Result<Stream, TunnelError> {
         let credential = pod
             .lease
@@ -180,15 +212,51 @@ impl Tunnels {
         };
         // A tunnel may close between being chosen and being used. No byte of the application's is sent before
         // the 200, so another tunnel may be asked.
+        let tunnel = async || {
+            let tunnel = slot.tunnel(pod, context, hop, &credential);
+            tokio::time::timeout(patience, tunnel)
+                .await
+                .unwrap_or(Err(TunnelError::Slow { peer: hop.peer }))
+        };
         for _ in 0..3 {
-            let tunnel = slot.tunnel(pod, context, hop, &credential).await?;
+            let tunnel = tunnel().await?;
             match tunnel.open(connect).await {
-                Err(OpenError::Closing(_) | OpenError::Failed(_)) => slot.forget(&tunnel).await,
+                Err(OpenError::Closing(_) | OpenError::Failed(_) | OpenError::Full) => {
+                    slot.forget(&tunnel).await
+                }
                 opened => return Ok(opened?),
             }
         }
-        let tunnel = slot.tunnel(pod, context, hop, &credential).await?;
-        Ok(tunnel.open(connect).await?)
+        Ok(tunnel().await?.open(connect).await?)
+    }
+
+    /// Dials a peer anew whose tunnel has come to the end of a leaf while streams are open on it: the new
+    /// handshake vouches for them (settled D14).
+    pub fn renew(&self, pod: &Arc<Pod>, context: &Arc<Context>, endpoint: &WorkloadUid) {
+        let Some(credential) = pod.lease.current() else {
+            return;
+        };
+        let slots: Vec<(Key, Arc<Slot>)> = {
+            let mut slots = self.slots.lock();
+            let Some(slots) = slots.get_mut(endpoint) else {
+                return;
+            };
+            // By what is trusted now, whatever the old tunnels were dialled by.
+            let trust = credential.bundles.generation;
+            let keys: HashSet<Key> = slots.keys().map(|key| Key { trust, ..key.clone() }).collect();
+            let slot = |key: Key| (key.clone(), slots.entry(key).or_default().clone());
+            keys.into_iter().map(slot).collect()
+        };
+        for (key, slot) in slots {
+            // Somebody who waits for a dial renews by that.
+            let Ok(mut pool) = slot.pool.try_lock() else {
+                continue;
+            };
+            pool.dialling.take_if(|dialling| dialling.is_finished());
+            let to = (key.peer, endpoint, &*key.expected);
+            pool.dialling
+                .get_or_insert_with(|| Dial::start(to, &credential, pod.clone(), context.clone()));
+        }
     }
 
     /// Streams open now to one endpoint.
@@ -211,6 +279,7 @@ impl Tunnels {
             !slots.is_empty()
         });
     }
+
     pub fn count(&self) -> usize {
         let slots = self.slots.lock();
         let all = slots.values().flat_map(HashMap::values);
@@ -237,7 +306,7 @@ pub async fn sweep(context: Arc<Context>) -> Infallible {
 impl Slot {
     async fn tunnel(
         &self,
-        pod: &Pod,
+        pod: &Arc<Pod>,
         context: &Arc<Context>,
         hop: &Hop,
         credential: &Credential,
@@ -267,16 +336,19 @@ impl Slot {
             return Ok(pooled.tunnel.clone());
         }
         context.metrics.checkouts.with_label_values(&["dialled"]).inc();
-        match Box::pin(dial_peer(pod, context, hop, credential)).await {
-            Ok(tunnel) => {
+        let to = (hop.peer, &hop.endpoint.uid, &*hop.expected);
+        let dialling = pool
+            .dialling
+            .get_or_insert_with(|| Dial::start(to, credential, pod.clone(), context.clone()));
+        // Dropped here, the dial goes on and the next in line waits for it.
+        let dialled = dialling.await.unwrap_or(Err(TunnelError::Gone));
+        pool.dialling = None;
+        match dialled {
+            Ok(pooled) => {
+                let tunnel = pooled.tunnel.clone();
                 pool.failed = None;
                 pool.tunnels.retain(|pooled| !pooled.tunnel.is_closed());
-                let own_not_after = credential.svid.not_after();
-                pool.tunnels.push(Pooled {
-                    tunnel: tunnel.clone(),
-                    own_not_after,
-                    used: Instant::now(),
-                });
+                pool.tunnels.push(pooled);
                 *self.seen.lock() = pool.tunnels.iter().map(|pooled| pooled.tunnel.clone()).collect();
                 Ok(tunnel)
             }
@@ -309,7 +381,9 @@ impl Slot {
             kept
         });
         *self.seen.lock() = pool.tunnels.iter().map(|pooled| pooled.tunnel.clone()).collect();
-        !pool.tunnels.is_empty()
+        // A tunnel that nobody has waited for to its end has no stream.
+        pool.dialling.take_if(|dialling| dialling.is_finished());
+        !pool.tunnels.is_empty() || pool.dialling.is_some()
     }
 
     async fn forget(&self, gone: &Tunnel) {
@@ -320,52 +394,109 @@ impl Slot {
     }
 }
 
-async fn dial_peer(
-    pod: &Pod,
-    context: &Arc<Context>,
-    hop: &Hop,
-    credential: &Credential,
-) -> Result<Tunnel, TunnelError> {
-    let started = Instant::now();
-    let dialled = async {
+/// One dial of a tunnel, for all who wait for it.
+struct Dial {
+    peer: SocketAddr,
+    endpoint: WorkloadUid,
+    expected: Box<[SpiffeId]>,
+    credential: Credential,
+}
+
+impl Dial {
+    fn start(
+        (peer, endpoint, expected): (SocketAddr, &WorkloadUid, &[SpiffeId]),
+        credential: &Credential,
+        pod: Arc<Pod>,
+        context: Arc<Context>,
+    ) -> JoinHandle<Result<Pooled, TunnelError>> {
+        let dial = Self {
+            peer,
+            endpoint: endpoint.clone(),
+            expected: expected.into(),
+            credential: credential.clone(),
+        };
+        tokio::spawn(Box::pin(dial.run(pod, context)))
+    }
+
+    /// Ends early when the pod leaves, or the endpoint is no longer who is expected there.
+    async fn run(self, pod: Arc<Pod>, context: Arc<Context>) -> Result<Pooled, TunnelError> {
+        let started = Instant::now();
+        let dialled = tokio::select! {
+            dialled = self.connect(&pod, &context) => dialled,
+            () = pod.left() => Err(TunnelError::Gone),
+            () = self.endpoint_leaves(&context) => Err(TunnelError::Gone),
+        };
+        let outcome = dialled.as_ref().map_or_else(TunnelError::reason, |_| "up");
+        let metrics = &context.metrics;
+        metrics.tunnels.with_label_values(&["outbound", outcome]).inc();
+        let tunnel = dialled?;
+        metrics
+            .handshake_seconds
+            .with_label_values(&["outbound"])
+            .observe(started.elapsed().as_secs_f64());
+        tracing::debug!(pod = %pod.name, peer = %self.peer, identity = %tunnel.peer(), "tunnel up");
+        let direction = Direction::Outbound(self.endpoint.clone());
+        let live = Live::new(
+            direction,
+            self.peer.ip(),
+            tunnel.watch().clone(),
+            &self.credential,
+        );
+        pod.live.add(live);
+        Ok(Pooled {
+            tunnel,
+            own_not_after: self.credential.svid.not_after(),
+            used: Instant::now(),
+        })
+    }
+
+    async fn connect(&self, pod: &Pod, context: &Context) -> Result<Tunnel, TunnelError> {
         let _pending = pod.pending.acquire().await.map_err(|_| TunnelError::NoSocket)?;
+        let peer = self.peer;
         let config = client_config(
-            &credential.svid,
-            &credential.bundles,
-            Expected::OneOf(hop.expected.clone()),
+            &self.credential.svid,
+            &self.credential.bundles,
+            Expected::OneOf(self.expected.clone()),
         )?;
         let socket = pod
             .sockets
-            .tcp(hop.peer.is_ipv6())
+            .tcp(peer.is_ipv6())
             .await
             .ok_or(TunnelError::NoSocket)?;
-        let socket = tokio::time::timeout(CONNECT_DEADLINE, socket.connect(hop.peer))
+        let socket = tokio::time::timeout(CONNECT_DEADLINE, socket.connect(peer))
             .await
-            .map_err(|_| TunnelError::Timeout { peer: hop.peer })?
-            .map_err(|source| TunnelError::Connect {
-                peer: hop.peer,
-                source,
-            })?;
-        Ok::<_, TunnelError>(dial(socket, config).await?)
+            .map_err(|_| TunnelError::Timeout { peer })?
+            .map_err(|source| TunnelError::Connect { peer, source })?;
+        let probes = socket2::TcpKeepalive::new()
+            .with_time(PROBE_AFTER)
+            .with_interval(PROBE_EVERY)
+            .with_retries(PROBES);
+        socket2::SockRef::from(&socket)
+            .set_tcp_keepalive(&probes)
+            .map_err(|source| TunnelError::Connect { peer, source })?;
+        let (tunnel, driver) = dial(socket, config).await?;
+        let open = context.metrics.tunnel(Reporter::Source);
+        tokio::spawn(async move {
+            driver.await;
+            drop(open);
+        });
+        Ok(tunnel)
     }
-    .await;
-    let outcome = dialled.as_ref().map_or_else(TunnelError::reason, |_| "up");
-    context
-        .metrics
-        .tunnels
-        .with_label_values(&["outbound", outcome])
-        .inc();
-    let (tunnel, driver) = dialled?;
-    context
-        .metrics
-        .handshake_seconds
-        .with_label_values(&["outbound"])
-        .observe(started.elapsed().as_secs_f64());
-    tracing::debug!(pod = %pod.name, peer = %hop.peer, identity = %tunnel.peer(), "tunnel up");
-    let open = context.metrics.tunnel(Reporter::Source);
-    tokio::spawn(async move {
-        driver.await;
-        drop(open);
-    });
-    Ok(tunnel)
+
+    async fn endpoint_leaves(&self, context: &Context) {
+        let mut generations = context.discovery.generations();
+        loop {
+            let known = context
+                .discovery
+                .snapshot()
+                .workload(&self.endpoint)
+                .is_some_and(|endpoint| self.expected.contains(&endpoint.identity));
+            if !known {
+                return;
+            }
+            if generations.changed().await.is_err() {
+                return std::future::pending().await;
+            }
+        }
+    }
 }

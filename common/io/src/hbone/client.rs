@@ -1,12 +1,12 @@
 //! The end that dials.
 
 use super::{
-    CONNECTION_WINDOW, DATA_FRAME_BUDGET, GROWN_STREAM_WINDOW, HANDSHAKE_DEADLINE, MAX_FRAME, STREAM_WINDOW,
+    CONNECTION_WINDOW, DATA_FRAME_BUDGET, DIAL_PATIENCE, GROWN_STREAM_WINDOW, MAX_FRAME, STREAM_WINDOW,
     ahead::ReadAhead,
     keep_alive,
-    stream::{Counted, Shared, Stream},
+    stream::{CloseOnDrop, Counted, Peer, Shared, Stream, Watch},
 };
-use crate::tls::{LeafError, VerifyError, leaf_expiry, leaf_identity};
+use crate::tls::{LeafError, VerifyError};
 use bytes::Bytes;
 use culvert_core::{hbone::Connect, ids::SpiffeId};
 use h2::client::SendRequest;
@@ -19,15 +19,18 @@ use std::{
     pin::{Pin, pin},
     sync::{Arc, atomic::Ordering},
     task::Poll,
-    time::SystemTime,
+    time::{Duration, SystemTime},
 };
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio_rustls::TlsConnector;
 
+/// How long a stream waits for room in its tunnel. A peer may take all of it back (T43).
+const ROOM_WITHIN: Duration = Duration::from_secs(1);
+
 /// Why no tunnel came up.
 #[derive(Debug, thiserror::Error)]
 pub enum DialError {
-    #[error("no answer within {} s", HANDSHAKE_DEADLINE.as_secs())]
+    #[error("no handshake within {} s", DIAL_PATIENCE.as_secs())]
     Timeout,
     #[error("TLS handshake: {0}")]
     Tls(#[source] io::Error),
@@ -47,6 +50,31 @@ impl DialError {
             Self::Timeout | Self::Peer(_) | Self::Alpn | Self::Http(_) => None,
         }
     }
+
+    /// Whether the connection broke on the way, which says nothing of the peer.
+    pub fn broke(&self) -> bool {
+        match self {
+            Self::Tls(error) => is_break(error.kind()),
+            Self::Http(error) => broke(error),
+            Self::Timeout | Self::Peer(_) | Self::Alpn => false,
+        }
+    }
+}
+
+fn is_break(kind: io::ErrorKind) -> bool {
+    use io::ErrorKind as Kind;
+    matches!(
+        kind,
+        Kind::ConnectionReset
+            | Kind::ConnectionAborted
+            | Kind::BrokenPipe
+            | Kind::UnexpectedEof
+            | Kind::TimedOut
+    )
+}
+
+fn broke(error: &h2::Error) -> bool {
+    error.get_io().is_some_and(|error| is_break(error.kind())) || (error.is_go_away() && error.is_remote())
 }
 
 /// Why a stream was not opened.
@@ -60,17 +88,28 @@ pub enum OpenError {
     Closing(h2::Error),
     #[error("tunnel failed: {0}")]
     Failed(h2::Error),
+    /// The peer lets no further stream be opened; nothing was sent.
+    #[error("peer has left no room for a stream within {} s", ROOM_WITHIN.as_secs())]
+    Full,
     #[error("the request cannot be written: {0}")]
     Request(#[from] http::Error),
+}
+
+impl OpenError {
+    /// Whether the tunnel broke on the way, which says nothing of the peer.
+    pub fn broke(&self) -> bool {
+        match self {
+            Self::Closing(error) | Self::Failed(error) => broke(error),
+            Self::Full | Self::Refused(_) | Self::Request(_) => false,
+        }
+    }
 }
 
 /// A tunnel to one peer. Clones share it.
 #[derive(Debug, Clone)]
 pub struct Tunnel {
     requests: SendRequest<Bytes>,
-    shared: Arc<Shared>,
-    peer: SpiffeId,
-    peer_not_after: SystemTime,
+    watch: Watch,
 }
 
 /// Brings a tunnel up over a connected socket. The second value is its driver: the tunnel lives while it
@@ -82,10 +121,10 @@ pub async fn dial<IO>(
 where
     IO: AsyncRead + AsyncWrite + Unpin + Send + 'static,
 {
-    let (tunnel, connection) = tokio::time::timeout(HANDSHAKE_DEADLINE, Box::pin(handshake(io, config)))
+    let (tunnel, connection) = tokio::time::timeout(DIAL_PATIENCE, Box::pin(handshake(io, config)))
         .await
         .map_err(|_| DialError::Timeout)??;
-    let driver = drive(connection, tunnel.shared.clone());
+    let driver = drive(connection, tunnel.watch.shared.clone());
     Ok((tunnel, driver))
 }
 
@@ -105,11 +144,7 @@ where
     if session.alpn_protocol() != Some(b"h2") {
         return Err(DialError::Alpn);
     }
-    let leaf = session
-        .peer_certificates()
-        .and_then(|chain| chain.first())
-        .ok_or(LeafError::NoName)?;
-    let (peer, peer_not_after) = (leaf_identity(leaf)?, leaf_expiry(leaf)?);
+    let peer = Peer::of(session.peer_certificates())?;
     let (requests, connection) = h2::client::Builder::new()
         .initial_window_size(STREAM_WINDOW)
         .initial_connection_window_size(CONNECTION_WINDOW)
@@ -125,9 +160,10 @@ where
     Ok((
         Tunnel {
             requests,
-            shared: Arc::default(),
-            peer,
-            peer_not_after,
+            watch: Watch {
+                shared: Arc::default(),
+                peer,
+            },
         },
         connection,
     ))
@@ -148,6 +184,9 @@ where
     let mut grown = false;
     std::future::poll_fn(|cx| {
         shared.driver.register(cx.waker());
+        if shared.cut.load(Ordering::Relaxed) {
+            return Poll::Ready(());
+        }
         if !grown && shared.grow.load(Ordering::Relaxed) {
             grown = true;
             let _ = connection.set_initial_window_size(GROWN_STREAM_WINDOW);
@@ -161,47 +200,49 @@ where
     drop(closed);
 }
 
-struct CloseOnDrop(Arc<Shared>);
-
-impl Drop for CloseOnDrop {
-    fn drop(&mut self) {
-        self.0.closed.store(true, Ordering::Relaxed);
-    }
-}
-
 impl Tunnel {
     /// The identity that the peer proved.
     pub fn peer(&self) -> &SpiffeId {
-        &self.peer
+        &self.watch.peer.id
+    }
+
+    /// A view of the tunnel that does not keep it open.
+    pub fn watch(&self) -> &Watch {
+        &self.watch
     }
 
     /// When the peer's leaf ends; no stream is opened after that (settled D14).
     pub fn peer_not_after(&self) -> SystemTime {
-        self.peer_not_after
+        self.watch.peer.not_after
     }
 
     pub fn is_closed(&self) -> bool {
-        self.shared.closed.load(Ordering::Relaxed)
+        self.watch.is_closed()
     }
 
     /// Whether two handles are of one tunnel.
     pub fn is(&self, other: &Self) -> bool {
-        Arc::ptr_eq(&self.shared, &other.shared)
+        Arc::ptr_eq(&self.watch.shared, &other.watch.shared)
     }
 
     /// Streams open now.
     pub fn streams(&self) -> usize {
-        self.shared.streams.load(Ordering::Relaxed)
+        self.watch.streams()
     }
 
     /// Opens a stream for one user connection and waits for the peer's answer. Dropped before that, the
     /// stream is cancelled.
     pub async fn open(&self, connect: &Connect) -> Result<Stream, OpenError> {
         let request = connect.encode()?;
-        let counted = Counted::new(&self.shared);
+        let counted = Counted::new(&self.watch.shared);
         let mut requests = self.requests.clone().ready().await.map_err(OpenError::Closing)?;
         let (response, send) = requests
             .send_request(request, false)
+            .map_err(OpenError::Closing)?;
+        // The handle is ready again once the stream has been opened; until then nothing of it was sent.
+        tokio::time::timeout(ROOM_WITHIN, requests.ready())
+            .await
+            .map_err(|_| OpenError::Full)?
             .map_err(OpenError::Closing)?;
         let response = response.await.map_err(|error| {
             // The peer did not process it: another tunnel may take it (RFC 9113 §8.7).

@@ -5,9 +5,9 @@ use super::{
     MAX_HEADER_LIST, MAX_STREAMS, STREAM_WINDOW,
     ahead::ReadAhead,
     keep_alive,
-    stream::{Counted, Shared, Stream},
+    stream::{CloseOnDrop, Counted, Peer, Shared, Stream, Watch},
 };
-use crate::tls::{LeafError, VerifyError, leaf_expiry, leaf_identity};
+use crate::tls::{LeafError, VerifyError};
 use bytes::Bytes;
 use culvert_core::{
     hbone::{Connect, ConnectError},
@@ -21,7 +21,6 @@ use std::{
     pin::Pin,
     sync::{Arc, atomic::Ordering},
     task::{Context, Poll},
-    time::SystemTime,
 };
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio_rustls::{TlsAcceptor, server::TlsStream};
@@ -57,8 +56,9 @@ pub struct Incoming<IO> {
     alive: Pin<Box<dyn Future<Output = ()> + Send>>,
     shared: Arc<Shared>,
     grown: bool,
-    pub peer: SpiffeId,
-    pub peer_not_after: SystemTime,
+    retired: bool,
+    peer: Peer,
+    _closed: CloseOnDrop,
 }
 
 /// Takes an arriving connection through TLS and the HTTP/2 preface, within the handshake's deadline.
@@ -75,11 +75,7 @@ where
         if session.alpn_protocol() != Some(b"h2") {
             return Err(AcceptError::Alpn);
         }
-        let leaf = session
-            .peer_certificates()
-            .and_then(|chain| chain.first())
-            .ok_or(LeafError::NoName)?;
-        let (peer, peer_not_after) = (leaf_identity(leaf)?, leaf_expiry(leaf)?);
+        let peer = Peer::of(session.peer_certificates())?;
         let mut connection = h2::server::Builder::new()
             .initial_window_size(STREAM_WINDOW)
             .initial_connection_window_size(CONNECTION_WINDOW)
@@ -94,13 +90,15 @@ where
             Some(pings) => Box::pin(keep_alive(pings)),
             None => Box::pin(std::future::pending()),
         };
+        let shared: Arc<Shared> = Arc::default();
         Ok(Incoming {
             connection,
             alive,
-            shared: Arc::default(),
+            _closed: CloseOnDrop(shared.clone()),
+            shared,
             grown: false,
+            retired: false,
             peer,
-            peer_not_after,
         })
     });
     tokio::time::timeout(HANDSHAKE_DEADLINE, handshake)
@@ -127,8 +125,11 @@ where
             self.grown = true;
             let _ = self.connection.set_initial_window_size(GROWN_STREAM_WINDOW);
         }
-        if self.alive.as_mut().poll(cx).is_ready() {
+        if self.shared.cut.load(Ordering::Relaxed) || self.alive.as_mut().poll(cx).is_ready() {
             return Poll::Ready(None);
+        }
+        if !self.retired && self.shared.retired.load(Ordering::Relaxed) {
+            self.drain();
         }
         match self.connection.poll_accept(cx) {
             Poll::Pending => Poll::Pending,
@@ -150,12 +151,21 @@ where
 
     /// Tells the peer to open no more streams here; the open ones go on.
     pub fn drain(&mut self) {
+        self.retired = true;
         self.connection.graceful_shutdown();
     }
 
-    /// Streams open now.
-    pub fn streams(&self) -> usize {
-        self.shared.streams.load(Ordering::Relaxed)
+    /// The identity that the peer proved.
+    pub fn peer(&self) -> &SpiffeId {
+        &self.peer.id
+    }
+
+    /// A view of the tunnel that does not keep it open.
+    pub fn watch(&self) -> Watch {
+        Watch {
+            shared: self.shared.clone(),
+            peer: self.peer.clone(),
+        }
     }
 }
 

@@ -1,11 +1,17 @@
 //! One user connection inside a tunnel.
 
+use crate::tls::{LeafError, leaf_expiry, leaf_identity};
 use bytes::Bytes;
+use culvert_core::ids::SpiffeId;
 use futures::task::AtomicWaker;
 use h2::{Reason, RecvStream, SendStream};
-use std::sync::{
-    Arc,
-    atomic::{AtomicBool, AtomicUsize, Ordering},
+use rustls_pki_types::CertificateDer;
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicBool, AtomicUsize, Ordering},
+    },
+    time::SystemTime,
 };
 
 /// What the streams of a tunnel and its driver tell each other.
@@ -16,6 +22,74 @@ pub(super) struct Shared {
     pub driver: AtomicWaker,
     pub streams: AtomicUsize,
     pub closed: AtomicBool,
+    /// Takes no new stream; what is open goes on.
+    pub retired: AtomicBool,
+    /// Ends now, with all of its streams.
+    pub cut: AtomicBool,
+}
+
+/// Says that the tunnel is closed, however it ends.
+#[derive(Debug)]
+pub(super) struct CloseOnDrop(pub Arc<Shared>);
+
+impl Drop for CloseOnDrop {
+    fn drop(&mut self) {
+        self.0.closed.store(true, Ordering::Relaxed);
+    }
+}
+
+/// Who is at the other end, as its certificate has proved.
+#[derive(Debug, Clone)]
+pub struct Peer {
+    pub id: SpiffeId,
+    /// When its leaf ends.
+    pub not_after: SystemTime,
+    /// Its chain, leaf first: to be judged again by newer bundles.
+    pub chain: Arc<[CertificateDer<'static>]>,
+}
+
+impl Peer {
+    pub(super) fn of(chain: Option<&[CertificateDer<'static>]>) -> Result<Self, LeafError> {
+        let chain = chain.unwrap_or_default();
+        let leaf = chain.first().ok_or(LeafError::NoName)?;
+        Ok(Self {
+            id: leaf_identity(leaf)?,
+            not_after: leaf_expiry(leaf)?,
+            chain: chain.into(),
+        })
+    }
+}
+
+/// A view of a tunnel that does not keep it open, and the means to end it.
+#[derive(Debug, Clone)]
+pub struct Watch {
+    pub(super) shared: Arc<Shared>,
+    pub peer: Peer,
+}
+
+impl Watch {
+    pub fn is_closed(&self) -> bool {
+        self.shared.closed.load(Ordering::Relaxed)
+    }
+
+    /// Streams open now.
+    pub fn streams(&self) -> usize {
+        self.shared.streams.load(Ordering::Relaxed)
+    }
+
+    /// The accepting end asks its peer to open streams elsewhere (GOAWAY); the dialling end needs no asking.
+    pub fn retire(&self) {
+        if !self.shared.retired.swap(true, Ordering::Relaxed) {
+            self.shared.driver.wake();
+        }
+    }
+
+    /// Ends the tunnel at once: its streams are reset.
+    pub fn cut(&self) {
+        if !self.shared.cut.swap(true, Ordering::Relaxed) {
+            self.shared.driver.wake();
+        }
+    }
 }
 
 /// Counts a stream for as long as it lives.

@@ -57,7 +57,7 @@ async fn tunnel() -> (Tunnel, Incoming<TcpStream>) {
 
 async fn pair() -> Pair {
     let (tunnel, mut incoming) = tunnel().await;
-    assert_eq!((tunnel.peer().as_str(), incoming.peer.as_str()), (CART, WEB));
+    assert_eq!((tunnel.peer().as_str(), incoming.peer().as_str()), (CART, WEB));
     let (app, captured) = socket_pair().await;
     let (delivered, server) = socket_pair().await;
     let far = tokio::spawn(async move {
@@ -263,4 +263,99 @@ async fn d16_beside_99_stalled_streams_the_100th_goes_at_full_rate() {
             "alone {alone:?}, beside 99 stalled ones not within {bound:?}"
         );
     }
+}
+
+/// A peer that behaves as it likes, beneath TLS that is right.
+async fn hostile<F: Future<Output = ()> + Send + 'static>(
+    behave: impl FnOnce(h2::server::Connection<tokio_rustls::server::TlsStream<TcpStream>, bytes::Bytes>) -> F
+    + Send
+    + 'static,
+    streams: u32,
+) -> Tunnel {
+    let ca = Authority::new("cluster.local");
+    let (near, far) = socket_pair().await;
+    let config = server_config(&ca.svid(CART), &ca.bundles()).unwrap();
+    tokio::spawn(async move {
+        let tls = tokio_rustls::TlsAcceptor::from(config).accept(far).await.unwrap();
+        let mut server = h2::server::Builder::new();
+        server.max_concurrent_streams(streams);
+        behave(server.handshake(tls).await.unwrap()).await;
+    });
+    let expected = Expected::OneOf([CART.parse().unwrap()].into());
+    let config = client_config(&ca.svid(WEB), &ca.bundles(), expected).unwrap();
+    let (tunnel, driver) = dial(near, config).await.unwrap();
+    tokio::spawn(driver);
+    tunnel
+}
+
+#[tokio::test]
+async fn t43_a_peer_that_takes_its_streams_back_holds_no_caller_up() {
+    let all_at_once = std::time::Instant::now();
+    let no_room = hostile(
+        |mut server| async move { while server.accept().await.is_some() {} },
+        0,
+    )
+    .await;
+    // Its settings must have come, or the first stream is sent on trust.
+    tokio::time::sleep(std::time::Duration::from_millis(200)).await;
+    let opened = no_room.open(&connect()).await;
+    assert!(matches!(opened, Err(OpenError::Full)), "{opened:?}");
+    let away = hostile(
+        |mut server| async move {
+            server.graceful_shutdown();
+            while server.accept().await.is_some() {}
+        },
+        100,
+    )
+    .await;
+    tokio::time::sleep(std::time::Duration::from_millis(200)).await;
+    let opened = away.open(&connect()).await;
+    assert!(matches!(opened, Err(OpenError::Closing(_))), "{opened:?}");
+    assert!(all_at_once.elapsed() < std::time::Duration::from_secs(5));
+}
+
+#[tokio::test]
+async fn a_tunnel_that_is_cut_ends_with_its_streams_at_either_end() {
+    for accepting in [false, true] {
+        let (tunnel, mut incoming) = tunnel().await;
+        let watch = if accepting {
+            incoming.watch()
+        } else {
+            tunnel.watch().clone()
+        };
+        assert_eq!(watch.peer.id.as_str(), if accepting { WEB } else { CART });
+        let far = tokio::spawn(async move {
+            let (_, responder) = incoming.next().await.unwrap();
+            let mut stream = responder.accept().unwrap();
+            tokio::spawn(async move { while incoming.next().await.is_some() {} });
+            stream.recv.data().await
+        });
+        let mut stream = tunnel.open(&connect()).await.unwrap();
+        watch.cut();
+        assert!(stream.recv.data().await.is_none_or(|data| data.is_err()));
+        assert!(far.await.unwrap().is_none_or(|data| data.is_err()));
+        assert!(watch.is_closed());
+        assert!(tunnel.open(&connect()).await.is_err());
+    }
+}
+
+#[tokio::test]
+async fn a_tunnel_that_is_retired_keeps_its_streams_and_takes_no_new_one() {
+    let (tunnel, mut incoming) = tunnel().await;
+    let watch = incoming.watch();
+    tokio::spawn(async move {
+        let mut streams = vec![];
+        while let Some((_, responder)) = incoming.next().await {
+            streams.push(responder.accept().unwrap());
+        }
+    });
+    let mut stream = tunnel.open(&connect()).await.unwrap();
+    watch.retire();
+    tokio::time::sleep(std::time::Duration::from_millis(200)).await;
+    assert!(matches!(
+        tunnel.open(&connect()).await,
+        Err(OpenError::Closing(_))
+    ));
+    let silent = tokio::time::timeout(std::time::Duration::from_millis(200), stream.recv.data()).await;
+    assert!(silent.is_err(), "the open stream goes on: {silent:?}");
 }

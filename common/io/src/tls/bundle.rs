@@ -53,8 +53,32 @@ impl TrustBundles {
         Ok(self)
     }
 
-    /// Sets the revocation lists from PEM, all or none.
-    pub fn with_crls(mut self, pem: &str) -> Result<Self, BundleError> {
+    /// Sets the revocation lists.
+    pub fn with_lists(mut self, lists: &RevocationLists) -> Self {
+        self.crls = lists.crls.clone();
+        self.generation ^= lists.digest;
+        self
+    }
+
+    pub(super) fn roots(&self, trust_domain: &str) -> Option<&[TrustAnchor<'static>]> {
+        self.roots.get(trust_domain).map(AsRef::as_ref)
+    }
+
+    pub(super) fn crls(&self) -> &[CertRevocationList<'static>] {
+        &self.crls
+    }
+}
+
+/// Revocation lists as one file holds them.
+#[derive(Debug, Clone)]
+pub struct RevocationLists {
+    crls: Arc<[CertRevocationList<'static>]>,
+    digest: u64,
+}
+
+impl RevocationLists {
+    /// Reads lists from PEM, all or none.
+    pub fn from_pem(pem: &str) -> Result<Self, BundleError> {
         let crls = CertificateRevocationListDer::pem_slice_iter(pem.as_bytes())
             .map(|der| {
                 let der = der.map_err(|error| BundleError::Crl(error.to_string()))?;
@@ -66,17 +90,10 @@ impl TrustBundles {
         if crls.is_empty() {
             return Err(BundleError::Crl("it holds no list, or is not PEM".to_owned()));
         }
-        self.crls = crls;
-        self.generation ^= digest("", pem);
-        Ok(self)
-    }
-
-    pub(super) fn roots(&self, trust_domain: &str) -> Option<&[TrustAnchor<'static>]> {
-        self.roots.get(trust_domain).map(AsRef::as_ref)
-    }
-
-    pub(super) fn crls(&self) -> &[CertRevocationList<'static>] {
-        &self.crls
+        Ok(Self {
+            crls,
+            digest: digest("", pem),
+        })
     }
 }
 

@@ -9,6 +9,7 @@ use culvert_core::ids::SpiffeId;
 use rustls::{crypto::aws_lc_rs, sign::CertifiedKey};
 use rustls_pki_types::{CertificateDer, PrivateKeyDer, pem::PemObject};
 use std::{fmt, sync::Arc, time::SystemTime};
+use zeroize::Zeroizing;
 
 /// An X.509-SVID with its key. Clones share both; the key leaves memory with the last one.
 #[derive(Clone)]
@@ -18,6 +19,8 @@ pub struct Svid {
     not_after: SystemTime,
     serial: Arc<str>,
     certified: Arc<CertifiedKey>,
+    /// The key again, for a successor (settled D6): the signer above does not give it out.
+    key: Arc<Zeroizing<Vec<u8>>>,
 }
 
 /// Why a certificate and a key are no SVID.
@@ -59,8 +62,8 @@ impl Svid {
         let serial = parsed.raw_serial_as_string().into();
         let not_before = instant(parsed.validity().not_before)?;
         let not_after = instant(parsed.validity().not_after)?;
-        let key = aws_lc_rs::sign::any_supported_type(key).map_err(|_| SvidError::Key)?;
-        let certified = CertifiedKey::new(chain, key);
+        let signer = aws_lc_rs::sign::any_supported_type(key).map_err(|_| SvidError::Key)?;
+        let certified = CertifiedKey::new(chain, signer);
         certified.keys_match().map_err(|_| SvidError::OtherKey)?;
         Ok(Self {
             id,
@@ -68,6 +71,7 @@ impl Svid {
             not_after,
             serial,
             certified: Arc::new(certified),
+            key: Arc::new(Zeroizing::new(key.secret_der().to_vec())),
         })
     }
 
@@ -95,6 +99,11 @@ impl Svid {
     /// Fails unless a peer that trusts `bundles` takes it now.
     pub fn verify(&self, bundles: &TrustBundles) -> Result<(), VerifyError> {
         super::verify::verify(bundles, &self.certified.cert).map(|_| ())
+    }
+
+    /// DER of the private key.
+    pub(crate) fn key(&self) -> &[u8] {
+        &self.key
     }
 
     pub(super) fn certified(&self) -> Arc<CertifiedKey> {

@@ -1,8 +1,8 @@
 use super::*;
 use culvert_core::ids::{SpiffeId, TrustDomain};
 use rcgen::{
-    BasicConstraints, CertificateParams, CertifiedIssuer, DnType, ExtendedKeyUsagePurpose, IsCa, KeyPair,
-    KeyUsagePurpose, SanType,
+    BasicConstraints, CertificateParams, CertificateRevocationListParams, CertifiedIssuer, DnType,
+    ExtendedKeyUsagePurpose, IsCa, KeyPair, KeyUsagePurpose, RevokedCertParams, SanType, SerialNumber,
 };
 use std::sync::Arc;
 use tokio_rustls::{TlsAcceptor, TlsConnector};
@@ -55,6 +55,33 @@ impl Authority {
                 .with_roots(&self.trust_domain, &self.issuer.pem())
                 .unwrap(),
         )
+    }
+
+    /// A list that revokes these serial numbers (PEM).
+    pub fn revoke(&self, serials: &[&str]) -> String {
+        let now = std::time::SystemTime::now();
+        let hour = std::time::Duration::from_secs(3600);
+        let revoked = serials.iter().map(|serial| {
+            let bytes: Vec<u8> = serial
+                .split(':')
+                .map(|hex| u8::from_str_radix(hex, 16).unwrap())
+                .collect();
+            RevokedCertParams {
+                serial_number: SerialNumber::from_slice(&bytes),
+                revocation_time: (now - hour).into(),
+                reason_code: None,
+                invalidity_date: None,
+            }
+        });
+        let list = CertificateRevocationListParams {
+            this_update: (now - hour).into(),
+            next_update: (now + hour).into(),
+            crl_number: SerialNumber::from(1u64),
+            issuing_distribution_point: None,
+            revoked_certs: revoked.collect(),
+            key_identifier_method: rcgen::KeyIdMethod::Sha256,
+        };
+        list.signed_by(&self.issuer).unwrap().pem().unwrap()
     }
 
     /// Signs a leaf with what `change` makes of a good one.
@@ -241,4 +268,33 @@ async fn t35_t41_the_tunnel_speaks_tls_13_with_the_hybrid_group_and_no_tickets()
         session.negotiated_key_exchange_group().map(|group| group.name()),
         Some(rustls::NamedGroup::X25519MLKEM768)
     );
+}
+
+#[tokio::test]
+async fn t37_f59_a_revoked_leaf_is_refused_and_judged_again_once_it_is_listed() {
+    let ca = Authority::new("cluster.local");
+    let (web, cart, trust) = (ca.svid(WEB), ca.svid(CART), ca.bundles());
+    let listed = |serials: &[&str]| {
+        let lists = RevocationLists::from_pem(&ca.revoke(serials)).unwrap();
+        Arc::new((*trust).clone().with_lists(&lists))
+    };
+    let (none, bad) = (listed(&[]), listed(&[web.serial()]));
+    assert_eq!(handshake(&web, &none, expect(CART), &cart, &none).await, Ok(()));
+    assert_eq!(
+        handshake(&web, &none, expect(CART), &cart, &bad).await,
+        Err(VerifyError::Revoked(web.id().clone()))
+    );
+    assert_eq!(still_trusted(&trust, web.chain()), Ok(()));
+    assert_eq!(still_trusted(&none, web.chain()), Ok(()));
+    assert_eq!(still_trusted(&bad, cart.chain()), Ok(()));
+    assert_eq!(
+        still_trusted(&bad, web.chain()),
+        Err(VerifyError::Revoked(web.id().clone()))
+    );
+    // Roots that are no longer there vouch for nobody.
+    let others = Authority::new("cluster.local").bundles();
+    assert!(still_trusted(&others, web.chain()).is_err());
+    for broken in ["", "-----BEGIN X509 CRL-----\nAAAA\n-----END X509 CRL-----\n"] {
+        assert!(RevocationLists::from_pem(broken).is_err());
+    }
 }

@@ -2,7 +2,7 @@
 
 use super::{
     bundle::TrustBundles,
-    leaf::{LeafError, check_intermediate, leaf_identity, parse},
+    leaf::{LeafError, check_intermediate, leaf_expiry, leaf_identity, parse},
     svid::MAX_CHAIN,
 };
 use culvert_core::ids::SpiffeId;
@@ -13,7 +13,10 @@ use rustls::{
     server::danger::{ClientCertVerified, ClientCertVerifier},
 };
 use rustls_pki_types::{CertificateDer, ServerName, UnixTime};
-use std::sync::Arc;
+use std::{
+    sync::Arc,
+    time::{Duration, SystemTime, UNIX_EPOCH},
+};
 use webpki::{
     EndEntityCert, ExpirationPolicy, KeyUsage, RevocationCheckDepth, RevocationOptionsBuilder,
     UnknownStatusPolicy,
@@ -93,6 +96,25 @@ pub(super) struct Verifier {
     pub expected: Expected,
 }
 
+/// Judges the peer of an open tunnel again, by bundles that are newer than its handshake: whether its chain
+/// still leads to a root and nothing in it is revoked. Time is not judged: what ends with a leaf's validity
+/// is for the tunnel's owner to say, and a list that is out of date refuses new tunnels alone.
+pub fn still_trusted(bundles: &Arc<TrustBundles>, chain: &[CertificateDer<'_>]) -> Result<(), VerifyError> {
+    let (leaf, intermediates) = chain.split_first().ok_or(LeafError::Malformed)?;
+    let verifier = Verifier {
+        bundles: bundles.clone(),
+        expected: Expected::AnyTrusted,
+    };
+    // A moment within its validity.
+    let ends = leaf_expiry(leaf)?;
+    let within = ends.min(SystemTime::now()) - Duration::from_secs(1);
+    let at = UnixTime::since_unix_epoch(within.duration_since(UNIX_EPOCH).unwrap_or_default());
+    let usage = KeyUsage::client_auth();
+    verifier
+        .verify(leaf, intermediates, at, usage, ExpirationPolicy::Ignore)
+        .map(|_| ())
+}
+
 impl Verifier {
     /// Chain first, name second: a name says nothing until its chain holds.
     fn verify(
@@ -101,6 +123,7 @@ impl Verifier {
         intermediates: &[CertificateDer<'_>],
         now: UnixTime,
         usage: KeyUsage,
+        lists: ExpirationPolicy,
     ) -> Result<SpiffeId, VerifyError> {
         if intermediates.len() >= MAX_CHAIN {
             return Err(VerifyError::LongChain(intermediates.len() + 1));
@@ -128,7 +151,7 @@ impl Verifier {
             options
                 .with_depth(RevocationCheckDepth::Chain)
                 .with_status_policy(self.unknown_status(leaf, intermediates))
-                .with_expiration_policy(ExpirationPolicy::Enforce)
+                .with_expiration_policy(lists)
                 .build()
         });
         certificate
@@ -179,7 +202,13 @@ pub(super) fn verify(bundles: &TrustBundles, chain: &[CertificateDer<'_>]) -> Re
     };
     let (leaf, intermediates) = chain.split_first().ok_or(LeafError::Malformed)?;
     for usage in [KeyUsage::client_auth(), KeyUsage::server_auth()] {
-        verifier.verify(leaf, intermediates, UnixTime::now(), usage)?;
+        verifier.verify(
+            leaf,
+            intermediates,
+            UnixTime::now(),
+            usage,
+            ExpirationPolicy::Enforce,
+        )?;
     }
     Ok(())
 }
@@ -202,7 +231,8 @@ impl ServerCertVerifier for Verifier {
         _ocsp: &[u8],
         now: UnixTime,
     ) -> Result<ServerCertVerified, rustls::Error> {
-        self.verify(leaf, intermediates, now, KeyUsage::server_auth())?;
+        let enforce = ExpirationPolicy::Enforce;
+        self.verify(leaf, intermediates, now, KeyUsage::server_auth(), enforce)?;
         Ok(ServerCertVerified::assertion())
     }
 
@@ -240,7 +270,8 @@ impl ClientCertVerifier for Verifier {
         intermediates: &[CertificateDer<'_>],
         now: UnixTime,
     ) -> Result<ClientCertVerified, rustls::Error> {
-        self.verify(leaf, intermediates, now, KeyUsage::client_auth())?;
+        let enforce = ExpirationPolicy::Enforce;
+        self.verify(leaf, intermediates, now, KeyUsage::client_auth(), enforce)?;
         Ok(ClientCertVerified::assertion())
     }
 

@@ -2,6 +2,7 @@
 
 use super::{
     decode::{self, DecodeError, decode_sharing},
+    last_good::{self, QUESTION, Recorder, Saved},
     questions::{Question, Questions},
     response::{self, Response},
     stats::{Stats, Termination},
@@ -16,11 +17,13 @@ use culvert_proto::{
     discovery::{DeltaDiscoveryRequest, Node, Resource},
     rpc, type_url,
 };
+use parking_lot::Mutex;
 use prost::Message;
 use std::{
     collections::HashMap,
+    path::PathBuf,
     sync::Arc,
-    time::{Duration, Instant},
+    time::{Duration, Instant, SystemTime},
 };
 use tokio::sync::{mpsc, watch};
 use tokio_stream::wrappers::ReceiverStream;
@@ -41,6 +44,8 @@ pub struct Settings {
     pub control: Control,
     pub node: String,
     pub mode: Mode,
+    /// Folder of the last good state; none is kept without it.
+    pub state: Option<PathBuf>,
 }
 
 /// Types in the order in which they are asked for: settings and policies before what names them.
@@ -77,6 +82,18 @@ struct Shared {
     ready: watch::Sender<bool>,
     lookups: mpsc::Sender<Question>,
     stats: Stats,
+    heard: Mutex<Heard>,
+}
+
+/// When control was last heard.
+#[derive(Debug, Clone, Copy, Default)]
+enum Heard {
+    #[default]
+    Never,
+    /// Its stream is up.
+    Now,
+    /// So long before that moment.
+    Before(Instant, Duration),
 }
 
 /// Makes a client. The second value is its task: it never ends by itself.
@@ -90,6 +107,7 @@ pub fn start(settings: Settings) -> Result<(Discovery, impl Future<Output = ()> 
         ready: watch::Sender::new(false),
         lookups,
         stats: Stats::default(),
+        heard: Mutex::default(),
     });
     let service =
         Grpc::new(InterceptedService::new(channel, credentials)).max_decoding_message_size(MAX_RESPONSE);
@@ -101,14 +119,33 @@ pub fn start(settings: Settings) -> Result<(Discovery, impl Future<Output = ()> 
         shared_names: decode::Shared::default(),
         questions: Questions::default(),
         source: None,
+        recorder: None,
     };
-    let task = async move {
+    let folder = client.settings.state.clone();
+    if let Some(saved) = folder
+        .as_deref()
+        .and_then(|folder| last_good::load(folder, SystemTime::now()))
+    {
+        client.restore(saved);
+    }
+    let recorder = Recorder::default();
+    client.recorder = folder.is_some().then(|| recorder.clone());
+    let listed = shared.ready.subscribe();
+    let heard = Discovery(shared.clone());
+    let record = async move {
+        if let Some(folder) = folder {
+            let age = || heard.config_age().unwrap_or_default();
+            recorder.keep(folder, listed, age).await;
+        }
+    };
+    let talk = async move {
         let mut wanted = wanted;
         let mut backoff = Backoff::default();
         loop {
             let started = Instant::now();
             let (how, ended) = client.stream(service.clone(), &mut wanted).await;
             client.shared.stats.went_down(how);
+            client.lost();
             if started.elapsed() > Duration::from_secs(1) {
                 backoff.reset();
             }
@@ -116,6 +153,9 @@ pub fn start(settings: Settings) -> Result<(Discovery, impl Future<Output = ()> 
             tracing::warn!(reason = %ended, retry_in = ?pause, "stream to control ended; serving what is known");
             tokio::time::sleep(pause).await;
         }
+    };
+    let task = async move {
+        tokio::join!(talk, record);
     };
     Ok((Discovery(shared), task))
 }
@@ -130,6 +170,7 @@ impl Discovery {
             ready: watch::Sender::new(true),
             lookups,
             stats: Stats::default(),
+            heard: Mutex::default(),
         }))
     }
 
@@ -156,6 +197,15 @@ impl Discovery {
 
     pub fn is_ready(&self) -> bool {
         *self.0.ready.borrow()
+    }
+
+    /// How long ago control was last heard: nothing while its stream is up, none if it never was.
+    pub fn config_age(&self) -> Option<Duration> {
+        match *self.0.heard.lock() {
+            Heard::Never => None,
+            Heard::Now => Some(Duration::ZERO),
+            Heard::Before(since, age) => Some(since.elapsed() + age),
+        }
     }
 
     /// Waits until control has answered for `address`, at most 5 s. Returns at once when it has.
@@ -237,11 +287,53 @@ struct Client {
     questions: Questions,
     /// Control's uid and the highest version it has served.
     source: Option<(String, u64)>,
+    recorder: Option<Recorder>,
 }
 
 type Service = Grpc<InterceptedService<Channel, crate::control::Credentials>>;
 
 impl Client {
+    /// Takes up where an earlier process has left off.
+    fn restore(&mut self, saved: Saved) {
+        let mut changes = vec![];
+        for record in saved.records {
+            let Some(any) = &record.resource else { continue };
+            if any.type_url == QUESTION {
+                let Some((question, unknown)) = Question::restore(&record.name, &any.value) else {
+                    continue;
+                };
+                self.questions.ask(&question, &self.snapshot);
+                changes.extend(unknown.then(|| question.unknown()));
+            } else if let Some(url) = TYPES.into_iter().find(|url| *url == any.type_url) {
+                match self.read(url, record) {
+                    Ok(change) => changes.push(change),
+                    Err(error) => tracing::warn!(%error, "a resource of the last good state is not used"),
+                }
+            }
+        }
+        self.types.values_mut().for_each(|state| state.listed = true);
+        self.version_went_back(&saved.source);
+        self.publish(changes);
+        *self.shared.heard.lock() = Heard::Before(Instant::now(), saved.age);
+        self.shared.ready.send_replace(true);
+        tracing::info!(age = ?saved.age, workloads = self.snapshot.workload_count(), "the last good state is served until control answers");
+    }
+
+    fn lost(&self) {
+        let mut heard = self.shared.heard.lock();
+        if let Heard::Now = *heard {
+            *heard = Heard::Before(Instant::now(), Duration::ZERO);
+        }
+    }
+
+    /// Notes what has become of a question that control was asked.
+    fn record(&self, question: &Question) {
+        if let Some(recorder) = &self.recorder {
+            let (name, value) = (question.resource_name(), question.save(&self.snapshot));
+            recorder.put(QUESTION, name, String::new(), value);
+        }
+    }
+
     /// Runs one stream to its end and says how and why it ended.
     async fn stream(
         &mut self,
@@ -337,6 +429,10 @@ impl Client {
             }
             Mode::OnDemand => {
                 let asked = self.questions.ask(&question, &self.snapshot)?;
+                self.record(&question);
+                if let (Some(recorder), Some(old)) = (&self.recorder, &asked.forgotten) {
+                    recorder.remove(QUESTION, &old.resource_name());
+                }
                 let unsubscribe = asked.forgotten.iter().map(Question::resource_name).collect();
                 self.publish(asked.forgotten.map(|old| old.forget()));
                 Some(DeltaDiscoveryRequest {
@@ -364,6 +460,10 @@ impl Client {
             (None, _) => refused.push(format!("type {} was not asked for", response.type_url)),
             (_, Some(why)) => refused.push(why),
             (Some(url), None) => {
+                *self.shared.heard.lock() = Heard::Now;
+                if let Some(recorder) = &self.recorder {
+                    recorder.source(&response.system_version_info);
+                }
                 // Nobody sees the snapshot before all of the response is in it.
                 let (mut changed, mut more) = (false, 0usize);
                 for resource in response.resources {
@@ -395,6 +495,11 @@ impl Client {
                 changed |= self.apply(removed);
                 if changed {
                     self.show();
+                }
+                for name in &response.removed_resources {
+                    if let Some(question) = self.questions.named(name) {
+                        self.record(question);
+                    }
                 }
                 if self.types.values().all(|state| state.listed) {
                     self.shared
@@ -447,6 +552,9 @@ impl Client {
             _ => Named::Config,
         };
         names.check(&resource.name)?;
+        if let Some(recorder) = &self.recorder {
+            recorder.put(url, resource.name.clone(), resource.version.clone(), bytes);
+        }
         let name = match &names {
             // Control names a workload by its uid, which is kept once.
             Named::Workload(uid) if uid.as_str() == resource.name => uid.clone().into(),
@@ -459,6 +567,9 @@ impl Client {
     }
 
     fn remove(&mut self, url: &'static str, name: &str, changes: &mut Vec<Change>) {
+        if let Some(recorder) = &self.recorder {
+            recorder.remove(url, name);
+        }
         let held = self.types.entry(url).or_default().held.remove(name);
         changes.extend(held.and_then(|held| match held.names {
             Named::Workload(uid) => Some(Change::RemoveWorkload(uid)),

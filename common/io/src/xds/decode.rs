@@ -386,6 +386,7 @@ fn config(one: own::MeshConfig) -> Result<MeshConfig, DecodeError> {
             .into_iter()
             .map(|other| Ok((other.trust_domain.parse()?, other.roots_pem.into())))
             .collect::<Result<_, DecodeError>>()?,
+        close_at_expiry: one.close_at_expiry,
     })
 }
 

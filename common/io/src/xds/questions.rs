@@ -7,7 +7,7 @@
 //! subscribed; among what nothing is, the oldest is forgotten and asked again when it is next met.
 
 use culvert_core::{
-    ids::{NetworkAddress, ServiceKey},
+    ids::{NetworkAddress, NetworkId, ServiceKey},
     snapshot::{Change, Lookup, Snapshot},
 };
 use std::collections::{HashMap, VecDeque};
@@ -35,6 +35,33 @@ impl Question {
             Self::Address(address) => !matches!(snapshot.lookup(address, ""), Lookup::Unanswered),
             Self::Service(key) => snapshot.service(key).is_some() || snapshot.is_unknown(key),
         }
+    }
+
+    /// What the last good state says of it: its kind, and whether nothing is that. The resource's name says
+    /// the rest.
+    pub fn save(&self, snapshot: &Snapshot) -> Vec<u8> {
+        let kind = match self {
+            Self::Address(_) => b'a',
+            Self::Service(_) => b's',
+        };
+        vec![kind, u8::from(self.is_unknown(snapshot))]
+    }
+
+    /// A saved question, and whether nothing is that.
+    pub fn restore(name: &str, saved: &[u8]) -> Option<(Self, bool)> {
+        let &[kind, unknown] = saved else { return None };
+        let question = match kind {
+            b'a' => {
+                let (network, ip) = name.rsplit_once('/')?;
+                Self::Address(NetworkAddress {
+                    network: NetworkId::from(network),
+                    ip: ip.parse().ok()?,
+                })
+            }
+            b's' => Self::Service(name.parse().ok()?),
+            _ => return None,
+        };
+        Some((question, unknown != 0))
     }
 
     fn is_unknown(&self, snapshot: &Snapshot) -> bool {
@@ -108,7 +135,6 @@ impl Questions {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use culvert_core::ids::NetworkId;
 
     fn question(number: u32) -> Question {
         Question::Address(NetworkAddress {

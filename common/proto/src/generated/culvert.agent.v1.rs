@@ -197,6 +197,19 @@ pub struct Introduce {
     #[prost(bool, tag = "1")]
     pub give: bool,
 }
+/// From an instance to its successor, over the socket that the agent has introduced: one packet each.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct HandedSvid {
+    /// DER, leaf first.
+    #[prost(bytes = "vec", repeated, tag = "1")]
+    pub chain: ::prost::alloc::vec::Vec<::prost::alloc::vec::Vec<u8>>,
+    /// DER of the private key.
+    #[prost(bytes = "vec", tag = "2")]
+    pub key: ::prost::alloc::vec::Vec<u8>,
+    /// Roots of the identity's trust domain, PEM.
+    #[prost(string, tag = "3")]
+    pub roots_pem: ::prost::alloc::string::String,
+}
 /// Counters and states of the agent, shown on ztunnel's metrics page.
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct AgentStats {

@@ -31,6 +31,9 @@ pub struct MeshConfig {
     /// Seconds for which connections that were open when a pod was enrolled may go on.
     #[prost(uint32, tag = "9")]
     pub enrolment_grace_seconds: u32,
+    /// Streams end with the leaf that their tunnel came up with, renewed or not.
+    #[prost(bool, tag = "10")]
+    pub close_at_expiry: bool,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct FederatedTrustDomain {

@@ -17,12 +17,14 @@ fn client(mode: Mode) -> Client {
         ready: watch::Sender::new(false),
         lookups,
         stats: Stats::default(),
+        heard: Mutex::default(),
     });
     Client {
         settings: Settings {
             control,
             node: "a".into(),
             mode,
+            state: None,
         },
         shared,
         snapshot: Snapshot::default(),
@@ -30,6 +32,7 @@ fn client(mode: Mode) -> Client {
         shared_names: decode::Shared::default(),
         questions: Questions::default(),
         source: None,
+        recorder: None,
     }
 }
 
@@ -356,4 +359,41 @@ fn a_service_that_was_asked_for_and_goes_is_answered_with_nothing() {
         &["shop/cart.example"],
     ));
     assert!(question.is_answered(&client.shared.snapshot.load()));
+}
+
+#[test]
+fn f44_the_next_process_takes_up_what_the_last_one_knew() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut before = client(Mode::OnDemand);
+    let recorder = Recorder::default();
+    before.recorder = Some(recorder.clone());
+    let asked = |ip: [u8; 4]| {
+        Question::Address(NetworkAddress {
+            network: NetworkId::from(""),
+            ip: std::net::IpAddr::from(ip),
+        })
+    };
+    let (known, stranger) = (asked([10, 0, 0, 1]), asked([192, 0, 2, 7]));
+    before.ask(known.clone());
+    before.ask(stranger.clone());
+    let resources = vec![pod("w", [10, 0, 0, 1]), pod("x", [10, 0, 0, 2])];
+    before.take(response("uid/9", type_url::ADDRESS, resources, &["/192.0.2.7"]));
+    before.take(response("uid/9", type_url::ADDRESS, vec![], &["x"]));
+    recorder.write_now(folder.path()).unwrap();
+
+    let mut after = client(Mode::OnDemand);
+    after.restore(last_good::load(folder.path(), SystemTime::now()).unwrap());
+    let snapshot = after.shared.snapshot.load_full();
+    assert!(*after.shared.ready.borrow());
+    assert_eq!(snapshot.workload_count(), 1);
+    assert!(known.is_answered(&snapshot) && stranger.is_answered(&snapshot));
+    let first = after.first_request(type_url::ADDRESS);
+    assert_eq!(first.initial_resource_versions.keys().collect::<Vec<_>>(), ["w"]);
+    let mut names = first.resource_names_subscribe;
+    names.sort();
+    assert_eq!(names, ["*", "/10.0.0.1", "/192.0.2.7"]);
+    // An older view of the same source is refused after a restart, too.
+    let older = after.take(response("uid/8", type_url::ADDRESS, vec![], &["w"]));
+    assert!(refusal(&older).contains("older"), "{older:?}");
+    assert!(Discovery(after.shared.clone()).config_age().is_some());
 }
