@@ -309,6 +309,12 @@ async fn f09_connections_live_through_enrolment_and_through_leaving() {
         io::ErrorKind::ConnectionReset,
         "what is left is reset"
     );
+    let ended = during_taken.read(&mut [0; 8]).unwrap_err();
+    assert_eq!(
+        ended.kind(),
+        io::ErrorKind::ConnectionAborted,
+        "from ztunnel's end"
+    );
     same_pipe(&mut before, &mut before_served);
     same_pipe(&mut after, &mut after_served);
     for listing in [&["rule"][..], &["-6", "rule"], &["route", "show", "table", "all"]] {

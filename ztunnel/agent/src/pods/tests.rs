@@ -675,5 +675,10 @@ fn t57_f65_what_is_said_again_or_out_of_place_changes_nothing() {
         let outbound = TcpListener::from(fds.into_iter().next().unwrap());
         let _app = dial(&lab.pod, (FAR_V4, 80)).unwrap();
         assert!(outbound.accept().is_ok(), "captured as before");
+        let (_, fds) = agent.ztunnel().await.pod().await;
+        for fd in &fds {
+            let cookie = culvert_io::sys::netns_cookie(fd).unwrap();
+            assert_eq!(cookie, lab.pod.cookie().unwrap(), "none is another namespace's");
+        }
     });
 }
