@@ -27,7 +27,7 @@ pub const CURL: Program = Program {
 };
 pub const PYTHON: Program = Program {
     name: "python3",
-    package: "python3-minimal",
+    package: "python3",
 };
 pub const PIP: Program = Program {
     name: "pip3",
