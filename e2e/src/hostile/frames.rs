@@ -144,7 +144,7 @@ mod tests {
             (&[0x20, 0x8c], Some(400)),
             (&[0x08, 3, b'4', b'0', b'1'], Some(401)),
             (&[0x48, 0x82, 0x68, 0x01], Some(401)),
-            (&[0x48, 0x82, 0x6c, 0x19], Some(503)),
+            (&[0x48, 0x83, 0x6c, 0x0c, 0xff], Some(503)),
             (&[], None),
         ] {
             assert_eq!(status(block), want, "{block:x?}");

@@ -262,7 +262,7 @@ fn ensure_enrolled(shop: &Shop, pod: &culvert_e2e::lab::Pod) -> Result<()> {
         let enrolled = all
             .into_iter()
             .flatten()
-            .any(|one| one["name"] == pod.spec().name && one["protocol"] == "Hbone");
+            .any(|one| one["name"] == pod.spec().name && one["protocol"] == "HBONE");
         Ok(enrolled.then_some(()))
     })
 }

@@ -242,6 +242,7 @@ fn f47_policies_churn_on_a_large_mesh_and_every_verdict_follows_within_a_second(
     let (started, cpu) = (Instant::now(), cpu_seconds(pid));
     let done = std::sync::atomic::AtomicBool::new(false);
     let (slowest, changed) = thread::scope(|scope| {
+        let end = crate::AtEnd(&done);
         let churn = scope.spawn(|| {
             let mut number = 0u32;
             while !done.load(std::sync::atomic::Ordering::Relaxed) {
@@ -277,7 +278,7 @@ fn f47_policies_churn_on_a_large_mesh_and_every_verdict_follows_within_a_second(
                 thread::sleep(Duration::from_millis(20));
             }
         }
-        done.store(true, std::sync::atomic::Ordering::Relaxed);
+        drop(end);
         (slowest, churn.join().unwrap())
     });
     let wall = started.elapsed().as_secs_f64();

@@ -65,6 +65,7 @@ fn f07_flushed_rules_come_back_and_nothing_leaves_a_pod_meanwhile() {
     older.set_read_timeout(Some(WAIT)).unwrap();
     echo_once(&older, CANARY).unwrap();
     let said = thread::scope(|scope| {
+        let end = crate::AtEnd(&done);
         let speaker = scope.spawn(|| say_the_canary(&shop, &done));
         thread::sleep(Duration::from_secs(1));
         for pod in [&shop.web, &shop.cart] {
@@ -72,7 +73,7 @@ fn f07_flushed_rules_come_back_and_nothing_leaves_a_pod_meanwhile() {
             echo_once(&older, CANARY).unwrap_or_else(|e| panic!("an open connection goes on: {e:#}"));
             thread::sleep(Duration::from_secs(2));
         }
-        done.store(true, Ordering::Relaxed);
+        drop(end);
         speaker.join().unwrap()
     });
     assert!(said > 100, "the canary was said {said} times");
@@ -110,7 +111,7 @@ fn f09_what_was_said_in_the_mesh_never_shows_when_a_pod_leaves_it() {
             let mut object = config::pod(pod);
             object["metadata"]["labels"][config::ENROL] = mode.into();
             shop.mesh.apply_object(&object).unwrap();
-            speaks(node, pod, if mode == "none" { "Tcp" } else { "Hbone" });
+            speaks(node, pod, if mode == "none" { "TCP" } else { "HBONE" });
         };
         let open: Vec<_> = (0..6)
             .map(|_| {
@@ -122,6 +123,7 @@ fn f09_what_was_said_in_the_mesh_never_shows_when_a_pod_leaves_it() {
             .collect();
         let done = AtomicBool::new(false);
         thread::scope(|scope| {
+            let end = crate::AtEnd(&done);
             for socket in &open {
                 scope.spawn(|| keep_saying(socket, CANARY, &done));
             }
@@ -143,7 +145,7 @@ fn f09_what_was_said_in_the_mesh_never_shows_when_a_pod_leaves_it() {
             enrol("none");
             thread::sleep(Duration::from_secs(2));
             enrol("ambient");
-            done.store(true, Ordering::Relaxed);
+            drop(end);
         });
     }
     for (pod, link) in links {

@@ -19,6 +19,7 @@ mod streams;
 mod telemetry;
 mod wire;
 
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use culvert_e2e::lab::{Addresses, Pod, PodSpec};
@@ -30,6 +31,15 @@ const WAIT: Duration = Duration::from_secs(20);
 /// Whether rows that take minutes run at their full length: set `CULVERT_E2E_LONG` for that.
 fn full_length() -> bool {
     std::env::var_os("CULVERT_E2E_LONG").is_some()
+}
+
+/// Set when this is dropped: threads that go on until then also end when the test fails.
+struct AtEnd<'a>(&'a AtomicBool);
+
+impl Drop for AtEnd<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
 }
 
 /// A namespace `shop`, enrolled, with `web` on one node calling `cart` on the other.
