@@ -319,6 +319,10 @@ impl Pods {
         let Some(pod) = self.pods.get(uid) else {
             return;
         };
+        // Until its listeners are back, or have been given up, what was said of it before the restart stands.
+        if pod.returning {
+            return;
+        }
         let (capture, reason) = pod.state.report();
         self.report(node_report::Report::State(node::PodState {
             uid: uid.to_owned(),
