@@ -1,9 +1,11 @@
 //! Accepting on a listener that the agent keeps.
 //!
 //! Invariant: the loop ends only with its pod or with draining. An error of `accept` pauses it; leaving it
-//! would cut what is open, and spinning would starve what is open.
+//! would cut what is open, and spinning would starve what is open. A pod that has its share of the node's
+//! descriptors has its newest connections reset.
 
-use crate::{context::Context, pods::Pod};
+use crate::{connections::NoRoom, context::Context, pods::Pod};
+use culvert_io::copy::reset;
 use std::{io, net::SocketAddr, sync::Arc, time::Duration};
 use tokio::net::{TcpListener, TcpStream};
 
@@ -26,7 +28,15 @@ pub async fn accept_loop<F>(
             () = context.draining() => return,
             accepted = listener.accept() => match accepted.and_then(Accepted::new) {
                 Ok(accepted) => {
-                    tokio::spawn(Box::pin(serve(accepted, pod.clone(), context.clone())));
+                    let Some(place) = context.descriptors.enter(&pod.uid) else {
+                        shed(&accepted, &pod, &context);
+                        continue;
+                    };
+                    let served = serve(accepted, pod.clone(), context.clone());
+                    tokio::spawn(Box::pin(async move {
+                        served.await;
+                        drop(place);
+                    }));
                 }
                 Err(error) => {
                     tracing::warn!(pod = %pod.name, %error, "accept failed; pausing");
@@ -35,6 +45,14 @@ pub async fn accept_loop<F>(
             },
         }
     }
+}
+
+/// Resets a connection for which there is no room.
+fn shed(accepted: &Accepted, pod: &Pod, context: &Context) {
+    reset(&accepted.socket);
+    context.metrics.refused.with_label_values(&["any", "limit"]).inc();
+    tracing::warn!(target: "access", { src.addr = %accepted.peer, dst.addr = %accepted.local,
+        pod = %pod.name, error = %NoRoom }, "connection failed");
 }
 
 /// An accepted connection, its addresses in their own family.

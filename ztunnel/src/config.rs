@@ -90,6 +90,19 @@ pub struct Config {
     /// Dials and handshakes one workload may have in flight.
     #[arg(long, env = "CULVERT_MAX_PENDING", default_value_t = 512)]
     pub max_pending: usize,
+
+    /// Tunnels that peers may have open to one workload.
+    #[arg(long, env = "CULVERT_MAX_TUNNELS", default_value_t = 4096)]
+    pub max_tunnels: usize,
+
+    /// Handshakes of peers in flight on this node; shared out between workloads.
+    #[arg(long, env = "CULVERT_MAX_HANDSHAKES", default_value_t = 2048)]
+    pub max_handshakes: usize,
+
+    /// Bytes that may wait for slow readers on this node, shared out between workloads. Without it, a quarter
+    /// of the memory that this process may have, at most 512 MiB.
+    #[arg(long, env = "CULVERT_MAX_BUFFERED")]
+    pub max_buffered: Option<usize>,
 }
 
 impl Config {

@@ -128,6 +128,11 @@ pub struct Connections {
 #[error("the workload has {0} connections open, its limit")]
 pub struct AtLimit(usize);
 
+/// The workload has its share of what the node has for connections.
+#[derive(Debug, thiserror::Error)]
+#[error("the workload has its share of this node's descriptors")]
+pub struct NoRoom;
+
 impl Connections {
     pub fn new(limit: usize) -> Self {
         Self {

@@ -1,10 +1,16 @@
 //! What every part of the data path shares.
 
-use crate::{metrics::Metrics, node_protocol::Declarations, outbound::balance::Failing, pods::Pods};
-use culvert_io::{identity::Identities, log::Log, xds::Discovery};
+use crate::{
+    metrics::Metrics, node_protocol::Declarations, outbound::balance::Failing, pods::Pods, room::Room,
+};
+use culvert_core::ids::PodUid;
+use culvert_io::{budget::Buffers, identity::Identities, log::Log, xds::Discovery};
 use culvert_proto::agent::AgentStats;
 use parking_lot::Mutex;
-use std::time::{Duration, Instant};
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
 use tokio::sync::watch;
 
 /// Shared by reference by all workers.
@@ -21,6 +27,12 @@ pub struct Context {
     pub limits: Limits,
     /// Endpoints that failed a connection lately.
     pub failing: Failing,
+    /// Handshakes of peers in flight, by the pod that they are for.
+    pub handshakes: Arc<Room<PodUid>>,
+    /// Descriptors of connections, by the pod that they are of.
+    pub descriptors: Arc<Room<PodUid>>,
+    /// Bytes that wait for slow readers.
+    pub buffers: Arc<Buffers>,
     /// Turns true once: no new connections from then on.
     pub drain: watch::Sender<bool>,
 }
@@ -45,8 +57,12 @@ impl AgentReport {
 #[derive(Debug, Clone, Copy)]
 pub struct Limits {
     pub connections: usize,
-    /// Dials and handshakes in flight.
+    /// Dials in flight, and handshakes of peers.
     pub pending: usize,
+    /// Tunnels that peers have open to it.
+    pub tunnels: usize,
+    /// Sockets that it has in stock.
+    pub batch: u32,
 }
 
 /// How long a connect may take, to a peer or to the application.

@@ -10,3 +10,4 @@
 pub mod accept;
 pub mod admit;
 pub mod deliver;
+mod pace;

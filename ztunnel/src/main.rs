@@ -20,6 +20,7 @@ mod dns;
 #[cfg(test)]
 mod fixtures;
 mod inbound;
+mod means;
 mod metrics;
 mod node_protocol;
 mod outbound;
@@ -28,6 +29,7 @@ mod pods;
 mod privilege;
 mod recheck;
 mod revocation;
+mod room;
 mod seccomp;
 mod sockets;
 mod trust;
@@ -37,7 +39,8 @@ use anyhow::Context as _;
 use clap::Parser;
 use config::{Config, Discovery};
 use context::{Context, Limits};
-use culvert_io::{control::Control, identity::Identities, log, xds};
+use culvert_core::ids::PodUid;
+use culvert_io::{budget::Buffers, control::Control, identity::Identities, log, xds};
 use std::{collections::HashMap, sync::Arc, time::Duration};
 use tokio::{
     signal::unix::{SignalKind, signal},
@@ -52,6 +55,7 @@ static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 fn main() -> anyhow::Result<()> {
     let config = Config::parse();
     privilege::give_up()?;
+    let means = means::Means::of_this_process()?;
     // Before any other thread exists, so that none is without it.
     seccomp::confine()?;
     let (log, _flush) = log::start(&config.log, config.log_format)?;
@@ -64,10 +68,15 @@ fn main() -> anyhow::Result<()> {
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()?;
-    runtime.block_on(run(config, workers, log))
+    runtime.block_on(run(config, means, workers, log))
 }
 
-async fn run(config: Config, workers: workers::Workers, log: log::Log) -> anyhow::Result<()> {
+async fn run(
+    config: Config,
+    means: means::Means,
+    workers: workers::Workers,
+    log: log::Log,
+) -> anyhow::Result<()> {
     let control = Control {
         address: config.control.clone(),
         bundle: config.control_ca.clone(),
@@ -108,8 +117,13 @@ async fn run(config: Config, workers: workers::Workers, log: log::Log) -> anyhow
         limits: Limits {
             connections: config.max_connections,
             pending: config.max_pending,
+            tunnels: config.max_tunnels,
+            batch: means.batch(),
         },
         failing: outbound::balance::Failing::default(),
+        handshakes: room::Room::<PodUid>::new(config.max_handshakes),
+        descriptors: room::Room::new(means.connections()),
+        buffers: Buffers::new(config.max_buffered.unwrap_or_else(|| means.buffers())),
         drain: watch::Sender::new(false),
     });
     for (address, pages) in [

@@ -322,8 +322,15 @@ impl Node {
             listeners: fds.len(),
         };
         let lease = self.context.identities.acquire(&identity);
-        let sockets = Sockets::new(uid.clone(), self.sender.clone());
-        let served = Arc::new(Pod::new(introduction, lease, sockets, self.context.limits));
+        let limits = self.context.limits;
+        let sockets = Sockets::new(uid.clone(), self.sender.clone(), limits.batch);
+        let served = Arc::new(Pod::new(
+            introduction,
+            lease,
+            sockets,
+            limits,
+            &self.context.buffers,
+        ));
         tracing::info!(pod = %served.name, namespace = %served.namespace, %identity, "pod arrived");
         if self.context.pods.insert(served.clone()).is_none() {
             self.context.metrics.pods.inc();

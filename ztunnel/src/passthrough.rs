@@ -8,7 +8,7 @@
 use crate::{
     accept::Accepted,
     access::{Known, Refusing, refused},
-    connections::{AtLimit, Facts, Way},
+    connections::{AtLimit, Facts, NoRoom, Way},
     context::Context,
     inbound::{
         accept::{known_peer, service_of},
@@ -36,6 +36,8 @@ enum PlaintextError {
     Deliver(#[from] DeliverError),
     #[error(transparent)]
     Limit(#[from] AtLimit),
+    #[error(transparent)]
+    NoRoom(#[from] NoRoom),
 }
 
 impl Refusing for PlaintextError {
@@ -44,7 +46,7 @@ impl Refusing for PlaintextError {
             Self::NotRedirected => "not_redirected",
             Self::Refused(refusal) => refusal.reason(),
             Self::Deliver(_) => "application",
-            Self::Limit(_) => "limit",
+            Self::Limit(_) | Self::NoRoom(_) => "limit",
         }
     }
 
@@ -119,6 +121,7 @@ async fn carry(
     };
     let mut open = pod.connections.open(facts, known, metrics)?;
     let started = Instant::now();
+    let _descriptor = context.descriptors.enter(&pod.uid).ok_or(NoRoom)?;
     let application = deliver(pod, &permit, peer.ip()).await?;
     metrics
         .application_seconds

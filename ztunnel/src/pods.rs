@@ -8,6 +8,7 @@ use crate::{
     context::Limits,
     inbound::deliver::Ports,
     outbound::{balance::Sessions, tunnel::Tunnels},
+    room::Room,
     sockets::Sockets,
     trust::LiveTunnels,
 };
@@ -16,7 +17,11 @@ use culvert_core::{
     mesh::Workload,
     snapshot::Snapshot,
 };
-use culvert_io::{identity::Lease, xds::Discovery};
+use culvert_io::{
+    budget::{Budget, Buffers},
+    identity::Lease,
+    xds::Discovery,
+};
 use parking_lot::RwLock;
 use std::{collections::HashMap, net::IpAddr, sync::Arc, time::Duration};
 use tokio::sync::{Semaphore, watch};
@@ -41,8 +46,14 @@ pub struct Pod {
     /// Every tunnel that is up, of both directions.
     pub live: LiveTunnels,
     pub connections: Connections,
-    /// Dials and handshakes in flight; none of a pod's may take all of the node's.
+    /// Dials in flight.
     pub pending: Semaphore,
+    /// Handshakes in flight, by the peer's address: none of them takes all.
+    pub handshakes: Arc<Room<IpAddr>>,
+    /// Tunnels that peers have open, by their addresses.
+    pub accepted: Arc<Room<IpAddr>>,
+    /// Bytes that wait for slow readers.
+    pub budget: Arc<Budget>,
     gone: watch::Sender<bool>,
 }
 
@@ -61,7 +72,13 @@ pub struct Introduction {
 const KNOWN_WITHIN: Duration = Duration::from_secs(5);
 
 impl Pod {
-    pub fn new(introduction: Introduction, lease: Lease, sockets: Sockets, limits: Limits) -> Self {
+    pub fn new(
+        introduction: Introduction,
+        lease: Lease,
+        sockets: Sockets,
+        limits: Limits,
+        buffers: &Arc<Buffers>,
+    ) -> Self {
         let Introduction {
             uid,
             namespace,
@@ -87,6 +104,9 @@ impl Pod {
             live: LiveTunnels::default(),
             connections: Connections::new(limits.connections),
             pending: Semaphore::new(limits.pending),
+            handshakes: Room::new(limits.pending),
+            accepted: Room::new(limits.tunnels),
+            budget: Budget::new(buffers),
             gone: watch::Sender::new(false),
         }
     }

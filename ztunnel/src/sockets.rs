@@ -15,10 +15,8 @@ use tokio::{
     sync::{Notify, mpsc},
 };
 
-/// Sockets asked for at once.
-const BATCH: u32 = 64;
-/// More are asked for when so few are left.
-const LOW: usize = 24;
+/// Most sockets that are asked for at once: what one message carries.
+pub const MAX_BATCH: u32 = 64;
 /// How long until an agent that had none is asked again.
 const ASK_AGAIN: Duration = Duration::from_millis(200);
 /// How long a connection waits for a socket.
@@ -29,6 +27,8 @@ pub struct Sockets {
     uid: PodUid,
     requests: mpsc::UnboundedSender<FromZtunnel>,
     shelves: [Shelf; 4],
+    /// Sockets asked for at once.
+    batch: u32,
 }
 
 #[derive(Default)]
@@ -48,11 +48,13 @@ fn index(kind: SocketKind, v6: bool) -> usize {
 }
 
 impl Sockets {
-    pub fn new(uid: PodUid, requests: mpsc::UnboundedSender<FromZtunnel>) -> Self {
+    /// Asks for `batch` at once, and again when a third of that is left.
+    pub fn new(uid: PodUid, requests: mpsc::UnboundedSender<FromZtunnel>, batch: u32) -> Self {
         Self {
             uid,
             requests,
             shelves: Default::default(),
+            batch,
         }
     }
 
@@ -103,16 +105,16 @@ impl Sockets {
     fn take_now(&self, kind: SocketKind, v6: bool) -> Option<OwnedFd> {
         let mut state = self.shelves[index(kind, v6)].state.lock();
         let socket = state.sockets.pop_front();
-        let ask = state.sockets.len() < LOW && state.asked == 0;
+        let ask = state.sockets.len() <= self.batch as usize / 3 && state.asked == 0;
         if ask {
-            state.asked = BATCH;
+            state.asked = self.batch;
         }
         drop(state);
         if ask {
             let want = WantSockets {
                 uid: self.uid.to_string(),
                 v6,
-                count: BATCH,
+                count: self.batch,
                 kind: kind.into(),
             };
             // Nobody listens while the agent is away; its return asks anew.

@@ -16,7 +16,7 @@ use std::{
     future::poll_fn,
     io::{self, IoSlice},
     net::Shutdown,
-    pin::Pin,
+    pin::{Pin, pin},
     sync::atomic::{AtomicBool, AtomicU64, Ordering},
     task::{Context, Poll, ready},
     time::Duration,
@@ -85,6 +85,8 @@ pub enum Fault {
     Tunnel(#[source] h2::Error),
     #[error("cut: it is no longer allowed")]
     Cut,
+    #[error("its reader is slow, and its workload buffers all that it may")]
+    Overload,
 }
 
 /// Which of the two ends began the connection: the socket's, or the stream's.
@@ -112,7 +114,11 @@ pub async fn relay(
         let Stream { send, recv, counted } = &mut stream;
         let (read, write) = socket.split();
         let both = async {
-            tokio::try_join!(to_stream(read, send, up), from_stream(recv, write, down, counted)).map(|_| ())
+            tokio::try_join!(
+                to_stream(read, send, up, counted),
+                from_stream(recv, write, down, counted)
+            )
+            .map(|_| ())
         };
         tokio::select! {
             biased;
@@ -122,7 +128,7 @@ pub async fn relay(
     };
     match &outcome {
         Ok(()) => close_cleanly(&socket),
-        Err(Fault::Application(_) | Fault::Cut) => stream.reset(),
+        Err(Fault::Application(_) | Fault::Cut | Fault::Overload) => stream.reset(),
         Err(Fault::Tunnel(_)) => {}
     }
     outcome
@@ -143,12 +149,14 @@ async fn to_stream(
     mut socket: ReadHalf<'_>,
     send: &mut SendStream<Bytes>,
     count: &AtomicU64,
+    counted: &Counted,
 ) -> Result<(), Fault> {
     let mut burst = 0;
     loop {
         // Readiness first: neither a buffer nor window is held while the application is silent.
         readable(&socket).await.map_err(Fault::Application)?;
         let capacity = capacity(send).await.map_err(Fault::Tunnel)?;
+        counted.room().await;
         match read(&mut socket, capacity).await.map_err(Fault::Application)? {
             Some(chunk) if chunk.is_empty() => {
                 return send.send_data(chunk, true).map_err(Fault::Tunnel);
@@ -156,7 +164,8 @@ async fn to_stream(
             Some(chunk) => {
                 count.fetch_add(chunk.len() as u64, Ordering::Relaxed);
                 burst += chunk.len();
-                send.send_data(chunk, false).map_err(Fault::Tunnel)?;
+                send.send_data(counted.charged(chunk), false)
+                    .map_err(Fault::Tunnel)?;
                 if burst >= BURST_BYTES {
                     burst = 0;
                     tokio::task::yield_now().await;
@@ -222,7 +231,7 @@ async fn from_stream(
     while let Some(batch) = poll_fn(|cx| poll_batch(recv, cx)).await {
         let batch = batch.map_err(Fault::Tunnel)?;
         let length = batch.length;
-        batch.write(&mut socket).await.map_err(Fault::Application)?;
+        deliver(batch.write(&mut socket), recv, counted).await?;
         let before = count.fetch_add(length as u64, Ordering::Relaxed);
         if before < GROW_AFTER && before + length as u64 >= GROW_AFTER {
             counted.moves_bulk();
@@ -232,6 +241,36 @@ async fn from_stream(
             .map_err(Fault::Tunnel)?;
     }
     finish(socket.as_ref())
+}
+
+/// How often a stream whose reader is slow counts what it holds.
+const STALL_COUNTED_EVERY: Duration = Duration::from_millis(100);
+
+/// Writes a batch out. While the reader is slow, what its stream holds is charged to the workload; beyond the
+/// workload's share the stream is given up.
+async fn deliver(
+    write: impl Future<Output = io::Result<()>>,
+    recv: &mut RecvStream,
+    counted: &Counted,
+) -> Result<(), Fault> {
+    let mut write = pin!(write);
+    if let Poll::Ready(done) = poll_fn(|cx| Poll::Ready(write.as_mut().poll(cx))).await {
+        return done.map_err(Fault::Application);
+    }
+    let mut held = counted.charge(0);
+    loop {
+        held.set(recv.flow_control().used_capacity());
+        if !counted.has_room() {
+            return Err(Fault::Overload);
+        }
+        // Boxed, so that a connection that never stalls does not carry a timer.
+        let pause = Box::pin(tokio::time::sleep(STALL_COUNTED_EVERY));
+        tokio::select! {
+            biased;
+            done = &mut write => return done.map_err(Fault::Application),
+            () = pause => {}
+        }
+    }
 }
 
 /// DATA that is written by one call: frames that have come since the last one.

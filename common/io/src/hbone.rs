@@ -9,6 +9,7 @@
 
 mod ahead;
 mod client;
+mod meter;
 mod server;
 mod stream;
 
@@ -25,7 +26,8 @@ pub const MAX_STREAMS: u32 = 200;
 /// Receive window of a stream at first.
 pub const STREAM_WINDOW: u32 = 256 * 1024;
 
-/// Receive window of a stream once a stream of its tunnel has moved [`GROW_AFTER`] bytes.
+/// Receive window of a stream once a stream of its tunnel has moved [`GROW_AFTER`] bytes and its workload
+/// has room for more.
 pub const GROWN_STREAM_WINDOW: u32 = 1024 * 1024;
 
 /// Bytes that one stream moves before its tunnel's windows grow.
@@ -43,6 +45,10 @@ const MAX_FRAME: u32 = 64 * 1024;
 /// connection window counted at 255 bytes a frame, lets one stalled reader of small frames end a tunnel
 /// that others share; flow control already bounds what a stream can hold.
 const DATA_FRAME_BUDGET: usize = 256 * 1024 * 1024;
+
+/// Streams that an accepted tunnel serves at once, those included that the peer has ended or reset and we
+/// are still clearing up: a peer that resets what it has just opened gains no more work from us than this.
+const MAX_SERVED: usize = 2 * MAX_STREAMS as usize;
 
 /// Bytes of decoded headers that a request may have.
 const MAX_HEADER_LIST: u32 = 16 * 1024;

@@ -4,6 +4,7 @@
 //! `sys` is the only module of the project with `unsafe` code.
 
 pub mod agent_socket;
+pub mod budget;
 pub mod control;
 pub mod copy;
 pub mod hbone;

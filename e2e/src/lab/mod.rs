@@ -175,9 +175,15 @@ impl Lab {
 
     /// A machine outside of every range of the mesh.
     pub fn outside(&self, name: &str) -> Result<Endpoint> {
+        let last = self.grounds.outside.load(Ordering::Relaxed) + 1;
+        self.outside_at(name, Ipv4Addr::new(203, 0, 113, u8::try_from(last)?))
+    }
+
+    /// A machine outside of every range of the mesh, at an IPv4 address of the caller's choice.
+    pub fn outside_at(&self, name: &str, v4: Ipv4Addr) -> Result<Endpoint> {
         let number = self.grounds.outside.fetch_add(1, Ordering::Relaxed) + 1;
         let addresses = Addresses {
-            v4: Ipv4Addr::new(203, 0, 113, u8::try_from(number)?),
+            v4,
             v6: Ipv6Addr::new(0x2001, 0xdb8, 0x113, 0, 0, 0, 0, number),
         };
         let ns = NetNs::fresh()?;

@@ -19,14 +19,15 @@ use std::os::unix::fs::{PermissionsExt, chown};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::atomic::{AtomicU16, Ordering};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use serde_json::Value;
 
 use crate::lab::{
-    Addresses, Endpoint, Lab, Node, POD_RANGES, Pod, PodSpec, Process, SERVICE_RANGES, Start, poll_until,
+    Addresses, Endpoint, Lab, Limits, Node, POD_RANGES, Pod, PodSpec, Process, SERVICE_RANGES, Start,
+    poll_until,
 };
 pub use build::{Programs, programs};
 use config::{ConfigFolder, ENROL};
@@ -63,6 +64,10 @@ pub struct Options {
     pub control_args: Vec<String>,
     pub agent_args: Vec<String>,
     pub ztunnel_args: Vec<String>,
+    /// Limit of open files of each ztunnel.
+    pub ztunnel_nofile: Option<u64>,
+    /// Limit of memory of each ztunnel, in bytes.
+    pub ztunnel_memory: Option<u64>,
     /// Log filter of ztunnel; `CULVERT_LOG` of the test's environment overrides it for all three.
     pub log: &'static str,
 }
@@ -76,6 +81,8 @@ impl Default for Options {
             control_args: Vec::new(),
             agent_args: Vec::new(),
             ztunnel_args: Vec::new(),
+            ztunnel_nofile: None,
+            ztunnel_memory: None,
             log: "info",
         }
     }
@@ -478,7 +485,11 @@ impl MeshNode {
 
     fn spawn_ztunnel(&self, pages: &[&str]) -> Result<Process> {
         let command = self.ztunnel_command(pages)?;
-        let start = Start::from(logged(command, self.options.log)).as_uid(ZTUNNEL_UID);
+        let mut start = Start::from(logged(command, self.options.log)).as_uid(ZTUNNEL_UID);
+        start.nofile = self.options.ztunnel_nofile;
+        if let Some(bytes) = self.options.ztunnel_memory {
+            start.limits = Some(Arc::new(Limits::new(Some(bytes), None)?));
+        }
         self.pod.spawn("ztunnel", start)
     }
 

@@ -3,19 +3,21 @@
 use super::{
     admit::{Arrival, Permit, Refusal, Target, admit},
     deliver::{DeliverError, deliver},
+    pace::Paced,
 };
 use crate::{
     accept::Accepted,
     access::{Known, Refusing, Served, refused},
-    connections::{AtLimit, Facts, Open, Way},
+    connections::{AtLimit, Facts, NoRoom, Open, Way},
     context::{Context, IDENTITY_PATIENCE},
     metrics::{Flag, Reporter},
     pods::Pod,
+    room::Place,
     trust::{Direction, Live},
 };
 use culvert_core::{
     hbone::{Authority, Connect, ConnectError, Traceparent},
-    ids::{NetworkAddress, PolicyKey, ServiceKey, SpiffeId},
+    ids::{NetworkAddress, PodUid, PolicyKey, ServiceKey, SpiffeId},
     mesh::{PortMap, Workload},
     snapshot::Snapshot,
 };
@@ -43,6 +45,10 @@ pub enum StreamError {
     Deliver(#[from] DeliverError),
     #[error(transparent)]
     Limit(#[from] AtLimit),
+    #[error(transparent)]
+    NoRoom(#[from] NoRoom),
+    #[error("the peer has given it up")]
+    Abandoned,
 }
 
 impl StreamError {
@@ -50,7 +56,9 @@ impl StreamError {
         match self {
             Self::Connect(error) => error.status(),
             Self::Refused(refusal) => refusal.status(),
-            Self::Deliver(_) | Self::Limit(_) => StatusCode::SERVICE_UNAVAILABLE,
+            Self::Deliver(_) | Self::Limit(_) | Self::NoRoom(_) | Self::Abandoned => {
+                StatusCode::SERVICE_UNAVAILABLE
+            }
         }
     }
 }
@@ -61,7 +69,8 @@ impl Refusing for StreamError {
             Self::Connect(_) => "bad_request",
             Self::Refused(refusal) => refusal.reason(),
             Self::Deliver(_) => "application",
-            Self::Limit(_) => "limit",
+            Self::Limit(_) | Self::NoRoom(_) => "limit",
+            Self::Abandoned => "abandoned",
         }
     }
 
@@ -83,8 +92,10 @@ impl Refusing for StreamError {
 /// Why a connection to the tunnel's port became no tunnel.
 #[derive(Debug, thiserror::Error)]
 enum HandshakeError {
-    #[error("too many handshakes in flight")]
-    Limit,
+    #[error("its source has its share of this workload's tunnels")]
+    Tunnels,
+    #[error("{0} has its share of handshakes in flight")]
+    Handshakes(&'static str),
     #[error("this pod has no valid SVID")]
     Identity,
     #[error("TLS configuration: {0}")]
@@ -96,7 +107,7 @@ enum HandshakeError {
 impl Refusing for HandshakeError {
     fn reason(&self) -> &'static str {
         match self {
-            Self::Limit => "limit",
+            Self::Tunnels | Self::Handshakes(_) => "limit",
             Self::Identity => "identity",
             Self::Config(_) => "config",
             Self::Accept(error) => error.verdict().map_or("handshake", VerifyError::reason),
@@ -109,7 +120,7 @@ impl Refusing for HandshakeError {
 
     fn flag(&self) -> Flag {
         match self {
-            Self::Limit => Flag::Connect,
+            Self::Tunnels | Self::Handshakes(_) => Flag::Connect,
             Self::Identity => Flag::IdentityError,
             Self::Accept(AcceptError::Http(_)) => Flag::H2HandshakeFailure,
             Self::Accept(error) if matches!(error.verdict(), Some(VerifyError::Revoked(_))) => {
@@ -128,12 +139,18 @@ pub async fn serve(accepted: Accepted, pod: Arc<Pod>, context: Arc<Context>) {
         let tunnels = &context.metrics.tunnels;
         tunnels.with_label_values(&["inbound", outcome]).inc();
     };
-    let incoming = match handshake(socket, peer.ip(), &pod).await {
+    let refuse = |error: &HandshakeError| {
+        count(error.reason());
+        refused(&context.metrics, &tunnel_of(peer, local, &pod, &context), error);
+    };
+    // Before any work is done for it; what comes beyond a share is shed.
+    let Some(_tunnel) = pod.accepted.enter(&peer.ip()) else {
+        return refuse(&HandshakeError::Tunnels);
+    };
+    let incoming = match handshake(socket, peer.ip(), &pod, &context).await {
         Ok(incoming) => incoming,
         Err(error) => {
-            count(error.reason());
-            refused(&context.metrics, &tunnel_of(peer, local, &pod, &context), &error);
-            return;
+            return refuse(&error);
         }
     };
     count("up");
@@ -167,16 +184,23 @@ async fn handshake(
     socket: TcpStream,
     peer: IpAddr,
     pod: &Pod,
+    context: &Context,
 ) -> Result<Incoming<TcpStream>, HandshakeError> {
-    // Beyond the bound the newest are shed, before any work is done for them.
-    let _pending = pod.pending.try_acquire().map_err(|_| HandshakeError::Limit)?;
+    let _node = context
+        .handshakes
+        .enter(&pod.uid)
+        .ok_or(HandshakeError::Handshakes("this workload"))?;
+    let _pod = pod
+        .handshakes
+        .enter(&peer)
+        .ok_or(HandshakeError::Handshakes("its source"))?;
     let credential = pod
         .lease
         .wait(IDENTITY_PATIENCE)
         .await
         .ok_or(HandshakeError::Identity)?;
     let config = server_config(&credential.svid, &credential.bundles)?;
-    let incoming = accept(socket, config).await?;
+    let incoming = Paced::new(accept(socket, config, &pod.budget)).await?;
     let tunnel = Live::new(Direction::Inbound, peer, incoming.watch(), &credential);
     pod.live.add(tunnel);
     Ok(incoming)
@@ -201,7 +225,12 @@ async fn streams(
             }
             () = pod.left() => return,
         };
-        let Some((asked, responder)) = next else { return };
+        let Some((asked, responder)) = next else {
+            if incoming.is_flooded() {
+                flooded(&context, &pod, peer, &identity);
+            }
+            return;
+        };
         let stream = Stream {
             peer,
             local,
@@ -216,11 +245,24 @@ async fn streams(
     }
 }
 
+/// A peer that sent more frames than work was told to calm down, and its tunnel has ended.
+fn flooded(context: &Context, pod: &Pod, peer: SocketAddr, identity: &SpiffeId) {
+    context
+        .metrics
+        .tunnels
+        .with_label_values(&["inbound", "flood"])
+        .inc();
+    tracing::warn!(target: "access", { src.addr = %peer, src.identity = %identity, dst.identity = %pod.identity(),
+        direction = "inbound", error = "its frames were more than its work" }, "tunnel ended");
+}
+
 /// A connection that is up: both its ends, and its place on the list.
 struct Carried<'p> {
     application: TcpStream,
     stream: hbone::Stream,
     open: Open<'p>,
+    /// For the application's socket.
+    descriptor: Place<PodUid>,
 }
 
 /// Where a stream came from.
@@ -244,6 +286,7 @@ impl Stream {
             application,
             stream,
             open,
+            descriptor: _held,
         }) = brought_up
         else {
             return;
@@ -336,7 +379,18 @@ impl Stream {
         };
         let mut open = pod.connections.open(facts, known, metrics)?;
         let started = Instant::now();
-        let application = deliver(pod, &permit, client).await?;
+        let descriptor = context.descriptors.enter(&pod.uid).ok_or(NoRoom)?;
+        let given_up = async {
+            match responder {
+                Some(responder) => responder.abandoned().await,
+                None => std::future::pending().await,
+            }
+        };
+        // A peer that resets what it has just asked for shall not have applications dialled by the thousand.
+        let application = tokio::select! {
+            delivered = deliver(pod, &permit, client) => delivered?,
+            () = given_up => return Err(StreamError::Abandoned),
+        };
         metrics
             .application_seconds
             .observe(started.elapsed().as_secs_f64());
@@ -349,6 +403,7 @@ impl Stream {
                 application,
                 stream,
                 open,
+                descriptor,
             })),
             Err(error) => {
                 open.ended(Err(Fault::Tunnel(error)));

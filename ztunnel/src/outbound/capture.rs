@@ -8,15 +8,16 @@ use super::{
 use crate::{
     accept::Accepted,
     access::{Known, Refusing, Served, refused},
-    connections::{AtLimit, Facts, Open, Way},
+    connections::{AtLimit, Facts, NoRoom, Open, Way},
     context::{CONNECT_DEADLINE, Context},
     metrics::{Flag, Reporter},
     node_protocol::DeclareError,
     pods::Pod,
+    room::Place,
 };
 use culvert_core::{
     hbone::{Authority, Baggage, Connect, Forwarded, Traceparent},
-    ids::{NetworkAddress, PolicyKey, WorkloadUid},
+    ids::{NetworkAddress, PodUid, PolicyKey, WorkloadUid},
     mesh::{Protocol, Workload, WorkloadKind},
     snapshot::{Lookup, Snapshot},
 };
@@ -58,6 +59,8 @@ enum CaptureError {
     #[error(transparent)]
     Limit(#[from] AtLimit),
     #[error(transparent)]
+    NoRoom(#[from] NoRoom),
+    #[error(transparent)]
     Declare(#[from] DeclareError),
     #[error("the agent gave no socket in time")]
     NoSocket,
@@ -74,7 +77,7 @@ impl Refusing for CaptureError {
             Self::UnknownPod => "unknown_pod",
             Self::Refused(refusal) => refusal.reason(),
             Self::Tunnel(error) => error.reason(),
-            Self::Limit(_) => "limit",
+            Self::Limit(_) | Self::NoRoom(_) => "limit",
             Self::Declare(_) => "guard",
             Self::NoSocket => "no_socket",
             Self::Connect(_) => "connect",
@@ -103,6 +106,8 @@ struct Carried<'p> {
     socket: TcpStream,
     to: To,
     open: Open<'p>,
+    /// For the other end's socket, where there is one.
+    descriptor: Option<Place<PodUid>>,
 }
 
 /// Where a connection goes on.
@@ -115,7 +120,13 @@ enum To {
 pub async fn serve(accepted: Accepted, pod: Arc<Pod>, context: Arc<Context>) {
     // In a box of its own: what bringing it up takes is gone once it is up, however long it then lasts.
     let brought_up = Box::pin(bring_up(accepted, &pod, &context)).await;
-    let Some(Carried { socket, to, mut open }) = brought_up else {
+    let Some(Carried {
+        socket,
+        to,
+        mut open,
+        descriptor,
+    }) = brought_up
+    else {
         return;
     };
     open.opened();
@@ -124,6 +135,7 @@ pub async fn serve(accepted: Accepted, pod: Arc<Pod>, context: Arc<Context>) {
         To::Server(server) => relay_plain(socket, server, &open.connection.flow).await,
     };
     open.ended(outcome);
+    drop(descriptor);
 }
 
 /// Brings the connection up, or refuses it.
@@ -340,7 +352,12 @@ async fn through_tunnel<'p>(
         .metrics
         .admitted(Reporter::Source, hop.policy.as_ref(), hop.would_deny.as_ref());
     let to = To::Tunnel(stream);
-    Ok(socket.take().map(|socket| Carried { socket, to, open }))
+    Ok(socket.take().map(|socket| Carried {
+        socket,
+        to,
+        open,
+        descriptor: None,
+    }))
 }
 
 /// Plaintext, to what is not enrolled: the host guard is told first (settled D8).
@@ -367,6 +384,7 @@ async fn directly<'p>(
         direct.policy.as_ref(),
         direct.would_deny.as_ref(),
     );
+    let descriptor = context.descriptors.enter(&pod.uid).ok_or(NoRoom)?;
     context.declarations.declare(&pod.uid, direct.address).await?;
     let server = pod
         .sockets
@@ -378,7 +396,12 @@ async fn directly<'p>(
         .map_err(|_| CaptureError::Connect(io::ErrorKind::TimedOut.into()))?
         .map_err(CaptureError::Connect)?;
     let to = To::Server(server);
-    Ok(socket.take().map(|socket| Carried { socket, to, open }))
+    Ok(socket.take().map(|socket| Carried {
+        socket,
+        to,
+        open,
+        descriptor: Some(descriptor),
+    }))
 }
 
 /// What we say of ourselves, for the peer's telemetry.

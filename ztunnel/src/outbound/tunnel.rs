@@ -474,7 +474,7 @@ impl Dial {
         socket2::SockRef::from(&socket)
             .set_tcp_keepalive(&probes)
             .map_err(|source| TunnelError::Connect { peer, source })?;
-        let (tunnel, driver) = dial(socket, config).await?;
+        let (tunnel, driver) = dial(socket, config, &pod.budget).await?;
         let open = context.metrics.tunnel(Reporter::Source);
         tokio::spawn(async move {
             driver.await;

@@ -4,9 +4,13 @@ use super::{
     CONNECTION_WINDOW, DATA_FRAME_BUDGET, DIAL_PATIENCE, GROWN_STREAM_WINDOW, MAX_FRAME, STREAM_WINDOW,
     ahead::ReadAhead,
     keep_alive,
+    meter::{Metered, Notice, Side, Verdict},
     stream::{CloseOnDrop, Counted, Peer, Shared, Stream, Watch},
 };
-use crate::tls::{LeafError, VerifyError};
+use crate::{
+    budget::Budget,
+    tls::{LeafError, VerifyError},
+};
 use bytes::Bytes;
 use culvert_core::{hbone::Connect, ids::SpiffeId};
 use h2::client::SendRequest;
@@ -113,24 +117,30 @@ pub struct Tunnel {
 }
 
 /// Brings a tunnel up over a connected socket. The second value is its driver: the tunnel lives while it
-/// is polled, and ends when it returns.
+/// is polled, and ends when it returns. What its streams buffer is charged to `budget`.
 pub async fn dial<IO>(
     io: IO,
     config: Arc<ClientConfig>,
+    budget: &Arc<Budget>,
 ) -> Result<(Tunnel, impl Future<Output = ()> + Send + 'static), DialError>
 where
     IO: AsyncRead + AsyncWrite + Unpin + Send + 'static,
 {
-    let (tunnel, connection) = tokio::time::timeout(DIAL_PATIENCE, Box::pin(handshake(io, config)))
+    let handshake = Box::pin(handshake(io, config, budget));
+    let (tunnel, connection, notice) = tokio::time::timeout(DIAL_PATIENCE, handshake)
         .await
         .map_err(|_| DialError::Timeout)??;
-    let driver = drive(connection, tunnel.watch.shared.clone());
+    let driver = drive(connection, tunnel.watch.shared.clone(), notice);
     Ok((tunnel, driver))
 }
 
-type Connection<IO> = h2::client::Connection<tokio_rustls::client::TlsStream<ReadAhead<IO>>, Bytes>;
+type Connection<IO> = h2::client::Connection<Metered<tokio_rustls::client::TlsStream<ReadAhead<IO>>>, Bytes>;
 
-async fn handshake<IO>(io: IO, config: Arc<ClientConfig>) -> Result<(Tunnel, Connection<IO>), DialError>
+async fn handshake<IO>(
+    io: IO,
+    config: Arc<ClientConfig>,
+    budget: &Arc<Budget>,
+) -> Result<(Tunnel, Connection<IO>, Notice), DialError>
 where
     IO: AsyncRead + AsyncWrite + Unpin + Send + 'static,
 {
@@ -145,6 +155,7 @@ where
         return Err(DialError::Alpn);
     }
     let peer = Peer::of(session.peer_certificates())?;
+    let (tls, notice) = Metered::new(tls, Side::Server);
     let (requests, connection) = h2::client::Builder::new()
         .initial_window_size(STREAM_WINDOW)
         .initial_connection_window_size(CONNECTION_WINDOW)
@@ -161,15 +172,16 @@ where
         Tunnel {
             requests,
             watch: Watch {
-                shared: Arc::default(),
+                shared: Shared::new(budget),
                 peer,
             },
         },
         connection,
+        notice,
     ))
 }
 
-async fn drive<IO>(mut connection: Connection<IO>, shared: Arc<Shared>)
+async fn drive<IO>(mut connection: Connection<IO>, shared: Arc<Shared>, notice: Notice)
 where
     IO: AsyncRead + AsyncWrite + Unpin + Send + 'static,
 {
@@ -187,11 +199,11 @@ where
         if shared.cut.load(Ordering::Relaxed) {
             return Poll::Ready(());
         }
-        if !grown && shared.grow.load(Ordering::Relaxed) {
+        if !grown && shared.may_grow() {
             grown = true;
             let _ = connection.set_initial_window_size(GROWN_STREAM_WINDOW);
         }
-        if Pin::new(&mut connection).poll(cx).is_ready() {
+        if Pin::new(&mut connection).poll(cx).is_ready() || notice.verdict() == Verdict::End {
             return Poll::Ready(());
         }
         alive.as_mut().poll(cx)

@@ -2,18 +2,22 @@
 
 use super::{
     CONNECTION_WINDOW, DATA_FRAME_BUDGET, GROWN_STREAM_WINDOW, HANDSHAKE_DEADLINE, MAX_FRAME,
-    MAX_HEADER_LIST, MAX_STREAMS, STREAM_WINDOW,
+    MAX_HEADER_LIST, MAX_SERVED, MAX_STREAMS, STREAM_WINDOW,
     ahead::ReadAhead,
     keep_alive,
+    meter::{Metered, Notice, Side, Verdict},
     stream::{CloseOnDrop, Counted, Peer, Shared, Stream, Watch},
 };
-use crate::tls::{LeafError, VerifyError};
+use crate::{
+    budget::Budget,
+    tls::{LeafError, VerifyError},
+};
 use bytes::Bytes;
 use culvert_core::{
     hbone::{Connect, ConnectError},
     ids::SpiffeId,
 };
-use h2::{RecvStream, server::SendResponse};
+use h2::{Reason, RecvStream, server::SendResponse};
 use http::{Response, StatusCode};
 use rustls::ServerConfig;
 use std::{
@@ -52,7 +56,10 @@ impl AcceptError {
 
 /// An accepted tunnel; its streams arrive by [`Incoming::next`], which also drives it.
 pub struct Incoming<IO> {
-    connection: h2::server::Connection<TlsStream<ReadAhead<IO>>, Bytes>,
+    connection: h2::server::Connection<Metered<TlsStream<ReadAhead<IO>>>, Bytes>,
+    notice: Notice,
+    /// What has been done on the last notice.
+    heeded: Verdict,
     alive: Pin<Box<dyn Future<Output = ()> + Send>>,
     shared: Arc<Shared>,
     grown: bool,
@@ -61,8 +68,13 @@ pub struct Incoming<IO> {
     _closed: CloseOnDrop,
 }
 
-/// Takes an arriving connection through TLS and the HTTP/2 preface, within the handshake's deadline.
-pub async fn accept<IO>(io: IO, config: Arc<ServerConfig>) -> Result<Incoming<IO>, AcceptError>
+/// Takes an arriving connection through TLS and the HTTP/2 preface, within the handshake's deadline. What
+/// its streams buffer is charged to `budget`.
+pub async fn accept<IO>(
+    io: IO,
+    config: Arc<ServerConfig>,
+    budget: &Arc<Budget>,
+) -> Result<Incoming<IO>, AcceptError>
 where
     IO: AsyncRead + AsyncWrite + Unpin + Send + 'static,
 {
@@ -76,6 +88,7 @@ where
             return Err(AcceptError::Alpn);
         }
         let peer = Peer::of(session.peer_certificates())?;
+        let (tls, notice) = Metered::new(tls, Side::Client);
         let mut connection = h2::server::Builder::new()
             .initial_window_size(STREAM_WINDOW)
             .initial_connection_window_size(CONNECTION_WINDOW)
@@ -90,10 +103,12 @@ where
             Some(pings) => Box::pin(keep_alive(pings)),
             None => Box::pin(std::future::pending()),
         };
-        let shared: Arc<Shared> = Arc::default();
+        let shared = Shared::new(budget);
         Ok(Incoming {
             connection,
             alive,
+            notice,
+            heeded: Verdict::Calm,
             _closed: CloseOnDrop(shared.clone()),
             shared,
             grown: false,
@@ -121,7 +136,7 @@ where
         cx: &mut Context<'_>,
     ) -> Poll<Option<(Result<Connect, ConnectError>, Responder)>> {
         self.shared.driver.register(cx.waker());
-        if !self.grown && self.shared.grow.load(Ordering::Relaxed) {
+        if !self.grown && self.shared.may_grow() {
             self.grown = true;
             let _ = self.connection.set_initial_window_size(GROWN_STREAM_WINDOW);
         }
@@ -131,22 +146,48 @@ where
         if !self.retired && self.shared.retired.load(Ordering::Relaxed) {
             self.drain();
         }
-        match self.connection.poll_accept(cx) {
-            Poll::Pending => Poll::Pending,
-            Poll::Ready(Some(Ok((request, respond)))) => {
-                let (head, recv) = request.into_parts();
-                let counted = Counted::new(&self.shared);
-                Poll::Ready(Some((
-                    Connect::decode(&head),
-                    Responder {
+        loop {
+            match self.connection.poll_accept(cx) {
+                Poll::Pending if self.heed() => {}
+                Poll::Pending => return Poll::Pending,
+                Poll::Ready(Some(Ok((_, mut respond))))
+                    if self.shared.streams.load(Ordering::Relaxed) >= MAX_SERVED =>
+                {
+                    respond.send_reset(Reason::REFUSED_STREAM);
+                }
+                Poll::Ready(Some(Ok((request, respond)))) => {
+                    let (head, recv) = request.into_parts();
+                    let counted = Counted::new(&self.shared);
+                    let responder = Responder {
                         respond,
                         recv,
                         counted,
-                    },
-                )))
+                    };
+                    return Poll::Ready(Some((Connect::decode(&head), responder)));
+                }
+                Poll::Ready(Some(Err(_)) | None) => return Poll::Ready(None),
             }
-            Poll::Ready(Some(Err(_)) | None) => Poll::Ready(None),
         }
+    }
+
+    /// Does what the peer's frames have earned it, once; whether that is something new.
+    fn heed(&mut self) -> bool {
+        let verdict = self.notice.verdict();
+        if verdict == self.heeded {
+            return false;
+        }
+        self.heeded = verdict;
+        match verdict {
+            Verdict::Calm => {}
+            Verdict::Drain => self.connection.graceful_shutdown(),
+            Verdict::End => self.connection.abrupt_shutdown(Reason::ENHANCE_YOUR_CALM),
+        }
+        true
+    }
+
+    /// Whether the peer was told to calm down.
+    pub fn is_flooded(&self) -> bool {
+        self.heeded == Verdict::End
     }
 
     /// Tells the peer to open no more streams here; the open ones go on.
@@ -181,6 +222,11 @@ impl Responder {
     pub fn accept(mut self) -> Result<Stream, h2::Error> {
         let send = self.respond.send_response(Response::new(()), false)?;
         Ok(Stream::new(send, self.recv, self.counted))
+    }
+
+    /// Returns once the peer has given its request up.
+    pub async fn abandoned(&mut self) {
+        let _ = std::future::poll_fn(|cx| self.respond.poll_reset(cx)).await;
     }
 
     /// Answers with an error and nothing else: no body, no reason.

@@ -1,6 +1,9 @@
 //! One user connection inside a tunnel.
 
-use crate::tls::{LeafError, leaf_expiry, leaf_identity};
+use crate::{
+    budget::{Account, Budget, Charge},
+    tls::{LeafError, leaf_expiry, leaf_identity},
+};
 use bytes::Bytes;
 use culvert_core::ids::SpiffeId;
 use futures::task::AtomicWaker;
@@ -11,11 +14,11 @@ use std::{
         Arc,
         atomic::{AtomicBool, AtomicUsize, Ordering},
     },
-    time::SystemTime,
+    time::{Duration, SystemTime},
 };
 
 /// What the streams of a tunnel and its driver tell each other.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(super) struct Shared {
     /// A stream has moved enough for the windows to grow.
     pub grow: AtomicBool,
@@ -26,6 +29,26 @@ pub(super) struct Shared {
     pub retired: AtomicBool,
     /// Ends now, with all of its streams.
     pub cut: AtomicBool,
+    account: Arc<Account>,
+}
+
+impl Shared {
+    pub fn new(budget: &Arc<Budget>) -> Arc<Self> {
+        Arc::new(Self {
+            grow: AtomicBool::new(false),
+            driver: AtomicWaker::new(),
+            streams: AtomicUsize::new(0),
+            closed: AtomicBool::new(false),
+            retired: AtomicBool::new(false),
+            cut: AtomicBool::new(false),
+            account: Account::new(budget),
+        })
+    }
+
+    /// Whether the tunnel's windows shall grow, and its workload has room for what they promise.
+    pub fn may_grow(&self) -> bool {
+        self.grow.load(Ordering::Relaxed) && !self.account.is_pressed()
+    }
 }
 
 /// Says that the tunnel is closed, however it ends.
@@ -92,6 +115,9 @@ impl Watch {
     }
 }
 
+/// How often who waits for room looks again.
+const ROOM_EVERY: Duration = Duration::from_millis(5);
+
 /// Counts a stream for as long as it lives.
 #[derive(Debug)]
 pub(crate) struct Counted(Arc<Shared>);
@@ -104,9 +130,47 @@ impl Counted {
         }
     }
 
+    /// Waits until the tunnel may buffer more: until then the application's bytes stay in the kernel.
+    pub async fn room(&self) {
+        while !self.has_room() {
+            Box::pin(tokio::time::sleep(ROOM_EVERY)).await;
+        }
+    }
+
+    pub fn has_room(&self) -> bool {
+        self.0.account.has_room()
+    }
+
+    /// The chunk, charged to its workload until it has left.
+    pub fn charged(&self, chunk: Bytes) -> Bytes {
+        if chunk.is_empty() {
+            return chunk;
+        }
+        let charge = self.charge(chunk.len());
+        Bytes::from_owner(Charged {
+            chunk,
+            _charge: charge,
+        })
+    }
+
+    pub fn charge(&self, bytes: usize) -> Charge {
+        Charge::new(&self.0.account, bytes)
+    }
+
     pub(super) fn new(shared: &Arc<Shared>) -> Self {
         shared.streams.fetch_add(1, Ordering::Relaxed);
         Self(shared.clone())
+    }
+}
+
+struct Charged {
+    chunk: Bytes,
+    _charge: Charge,
+}
+
+impl AsRef<[u8]> for Charged {
+    fn as_ref(&self) -> &[u8] {
+        &self.chunk
     }
 }
 

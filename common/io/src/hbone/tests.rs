@@ -1,5 +1,6 @@
 use super::*;
 use crate::{
+    budget::{Budget, Buffers},
     copy::{Fault, Flow, Initiator, relay},
     tls::{
         Expected, client_config, server_config,
@@ -43,12 +44,18 @@ struct Pair {
 async fn tunnel() -> (Tunnel, Incoming<TcpStream>) {
     let ca = Authority::new("cluster.local");
     let (near, far) = socket_pair().await;
+    let budget = Budget::new(&Buffers::new(1 << 30));
     let expected = Expected::OneOf([CART.parse().unwrap()].into());
     let dialling = dial(
         near,
         client_config(&ca.svid(WEB), &ca.bundles(), expected).unwrap(),
+        &budget,
     );
-    let accepting = accept(far, server_config(&ca.svid(CART), &ca.bundles()).unwrap());
+    let accepting = accept(
+        far,
+        server_config(&ca.svid(CART), &ca.bundles()).unwrap(),
+        &budget,
+    );
     let (dialled, accepted) = tokio::join!(dialling, accepting);
     let (tunnel, driver) = dialled.unwrap();
     tokio::spawn(driver);
@@ -283,7 +290,9 @@ async fn hostile<F: Future<Output = ()> + Send + 'static>(
     });
     let expected = Expected::OneOf([CART.parse().unwrap()].into());
     let config = client_config(&ca.svid(WEB), &ca.bundles(), expected).unwrap();
-    let (tunnel, driver) = dial(near, config).await.unwrap();
+    let (tunnel, driver) = dial(near, config, &Budget::new(&Buffers::new(1 << 30)))
+        .await
+        .unwrap();
     tokio::spawn(driver);
     tunnel
 }
