@@ -185,17 +185,19 @@ impl Tunnel {
 
     fn read_for(&mut self, wait: Duration) {
         let _ = self.tls.sock.set_read_timeout(Some(wait));
-        let mut block = [0; 16 << 10];
-        match self.tls.read(&mut block) {
+        // Read apart from writing: what the peer said last is of interest when nothing can be written to it.
+        match self.tls.conn.read_tls(&mut self.tls.sock) {
             Ok(0) => self.ended = true,
-            Ok(length) => {
-                self.read.extend_from_slice(&block[..length]);
-                while let Some(frame) = self.take_frame() {
-                    self.note(frame);
-                }
-            }
+            Ok(_) if self.tls.conn.process_new_packets().is_ok() => {}
             Err(e) if matches!(e.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut) => {}
-            Err(_) => self.ended = true,
+            Ok(_) | Err(_) => self.ended = true,
+        }
+        let mut block = [0; 16 << 10];
+        while let Ok(length @ 1..) = self.tls.conn.reader().read(&mut block) {
+            self.read.extend_from_slice(&block[..length]);
+        }
+        while let Some(frame) = self.take_frame() {
+            self.note(frame);
         }
     }
 

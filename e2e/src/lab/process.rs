@@ -54,6 +54,15 @@ impl Start {
         self
     }
 
+    /// Puts the limit of open files into the command, which must have no streams yet: a command does not tell
+    /// what they are.
+    fn limit_files(&mut self) {
+        if let Some(limit) = self.nofile.take() {
+            let command = std::mem::replace(&mut self.command, Command::new("/bin/sh"));
+            self.command = limited(command, limit);
+        }
+    }
+
     pub fn limits(mut self, limits: &Arc<Limits>) -> Self {
         self.limits = Some(limits.clone());
         self
@@ -61,10 +70,7 @@ impl Start {
 
     pub(super) fn spawn(self, place: &Place<'_>) -> Result<Child> {
         let program = self.command.get_program().to_string_lossy().into_owned();
-        let mut command = match self.nofile {
-            Some(limit) => limited(self.command, limit),
-            None => self.command,
-        };
+        let mut command = self.command;
         // A group of its own: Ctrl-C at the terminal is for the owner of the lab, who ends it in order.
         command.process_group(0);
         let uid = self.uid;
@@ -136,6 +142,7 @@ pub struct Process {
 impl Process {
     pub(super) fn start(name: &str, mut start: Start, log: PathBuf, place: &Place<'_>) -> Result<Self> {
         let out = File::options().create(true).append(true).open(&log)?;
+        start.limit_files();
         start
             .command
             .stdin(Stdio::null())
@@ -265,6 +272,7 @@ impl Drop for Process {
 /// Runs `start` to its end and collects what it wrote; killed after `within`.
 pub(super) fn run(mut start: Start, within: Duration, place: &Place<'_>) -> Result<Output> {
     let line = describe(&start.command);
+    start.limit_files();
     start
         .command
         .stdin(Stdio::null())
