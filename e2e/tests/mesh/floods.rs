@@ -12,6 +12,7 @@ use culvert_e2e::hostile::{Answer, Svid, Tunnel};
 use culvert_e2e::lab::{Endpoint, PodSpec, poll_until};
 use culvert_e2e::load::{Attempts, Pace, Streams, all_complete};
 use culvert_e2e::mesh::{MeshNode, Options};
+use culvert_e2e::oracles::Steady;
 use culvert_e2e::traffic::{Server, echo_once};
 
 use crate::tunnel_abuse::Siege;
@@ -243,6 +244,7 @@ fn f27_a_peer_that_floods_loses_its_tunnel_and_nobody_else_does() {
     let shop = &siege.shop;
     let _echo = Server::echo(shop.cart.listen(8080).unwrap()).unwrap();
     drop(siege.admitted());
+    let load = Steady::start(&shop.mesh, [&shop.a, &shop.b]).unwrap();
     let honest = Honest::start(shop);
     // Another tunnel of the very peer: its floods are the other tunnels' affair.
     let mut beside = siege.admitted();
@@ -282,6 +284,8 @@ fn f27_a_peer_that_floods_loses_its_tunnel_and_nobody_else_does() {
     assert_eq!(beside.data(1), b"still", "another tunnel of the same peer");
     assert_eq!(beside.goaway(), None);
     honest.stop("beside floods");
+    drop(beside);
+    load.verdict().unwrap();
     let flooded = shop.b.metrics().unwrap().sum(
         "culvert_tunnels_total",
         &[("direction", "inbound"), ("outcome", "flood")],
@@ -444,6 +448,7 @@ fn f30_readers_that_do_not_read_hold_no_more_than_their_share() {
     })
     .unwrap();
     drop(siege.admitted());
+    let load = Steady::start(&shop.mesh, [&shop.a, &shop.b]).unwrap();
     let honest = Honest::start(shop);
     let (tunnels, streams) = if full_length() { (50, 190) } else { (10, 60) };
     let base = resident(&shop.b);
@@ -484,10 +489,7 @@ fn f30_readers_that_do_not_read_hold_no_more_than_their_share() {
         "{base} KiB before, {peak} KiB at the most, bound {bound}"
     );
     drop(held);
-    poll_until("memory is given back", Duration::from_secs(60), || {
-        Ok((resident(&shop.b) < base + (24 << 10)).then_some(()))
-    })
-    .unwrap();
+    load.verdict().unwrap();
     let mut tunnel = siege.tunnel();
     assert_eq!(tunnel.connect(1, &siege.authority()), Answer::Status(200));
     let ended = frame(frames::DATA, END_STREAM, 1, b"after all");
