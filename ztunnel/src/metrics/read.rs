@@ -32,7 +32,8 @@ culvert_io::read_metrics! { pub(super) DECLARED = {
     SVID_FIRST_EXPIRY: "gauge" = "culvert_svid_first_expiry_timestamp_seconds" [],
     /// Requests to the CA: `issued` or `failed`.
     SVID_REQUESTS: "counter" = "culvert_svid_requests_total" ["outcome"],
-    /// What a pod uses of its quotas: open `connections`, and dials and handshakes `pending`.
+    /// What a pod uses of its quotas: open `connections`, dials `pending`, peers'
+    /// `handshakes` in flight and `tunnels`, and `buffered_bytes` that wait for slow readers.
     QUOTA_USED: "gauge" = "culvert_quota_used" ["namespace", "pod", "quota"],
     /// The quotas of each pod.
     QUOTA: "gauge" = "culvert_quota" ["quota"],
@@ -133,12 +134,17 @@ fn quotas(page: &mut Page, context: &Context, pods: &[Arc<Pod>]) {
     let mut family = page.family(&QUOTA);
     family.sample(&["connections"], limits.connections as f64);
     family.sample(&["pending"], limits.pending as f64);
+    family.sample(&["handshakes"], limits.pending as f64);
+    family.sample(&["tunnels"], limits.tunnels as f64);
     let mut family = page.family(&QUOTA_USED);
     for pod in pods.iter().take(MOST) {
         let pending = limits.pending.saturating_sub(pod.pending.available_permits());
         let mut show = |quota, used: usize| family.sample(&[&pod.namespace, &pod.name, quota], used as f64);
         show("connections", pod.connections.count());
         show("pending", pending);
+        show("handshakes", pod.handshakes.held());
+        show("tunnels", pod.accepted.held());
+        show("buffered_bytes", pod.budget.used());
     }
 }
 
