@@ -50,6 +50,9 @@ const DATA_FRAME_BUDGET: usize = 256 * 1024 * 1024;
 /// are still clearing up: a peer that resets what it has just opened gains no more work from us than this.
 const MAX_SERVED: usize = 2 * MAX_STREAMS as usize;
 
+/// Streams that the accepting end resets of itself before it ends the tunnel (CVE-2025-8671).
+const MAX_LOCAL_RESETS: usize = 10_000;
+
 /// Bytes of decoded headers that a request may have.
 const MAX_HEADER_LIST: u32 = 16 * 1024;
 

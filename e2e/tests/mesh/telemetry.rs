@@ -304,7 +304,8 @@ fn metrics_say_what_has_happened() {
             let there = value("istio_tcp_connections_opened_total") == 5.0
                 && value("istio_tcp_connections_closed_total") == 4.0
                 && value("istio_tcp_received_bytes_total") == 35.0
-                && value("istio_tcp_sent_bytes_total") == 35.0;
+                && value("istio_tcp_sent_bytes_total") == 35.0
+                && metrics.sum("istio_tcp_sockets_open", &[("reporter", reporter)]) == 1.0;
             Ok(there.then_some(metrics))
         })
         .unwrap_or_else(|e| panic!("{e:#}: {:#?}", node.metrics().unwrap()));

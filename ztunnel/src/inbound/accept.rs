@@ -340,9 +340,6 @@ impl Stream {
             ip: client,
         });
         known.source = source.cloned();
-        if source.is_none() {
-            known.said = Some(Box::new(connect.baggage));
-        }
         known.destination = Some(own.clone());
         known.service = match &connect.authority {
             Authority::Address(address) => {

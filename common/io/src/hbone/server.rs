@@ -2,7 +2,7 @@
 
 use super::{
     CONNECTION_WINDOW, DATA_FRAME_BUDGET, GROWN_STREAM_WINDOW, HANDSHAKE_DEADLINE, MAX_FRAME,
-    MAX_HEADER_LIST, MAX_SERVED, MAX_STREAMS, STREAM_WINDOW,
+    MAX_HEADER_LIST, MAX_LOCAL_RESETS, MAX_SERVED, MAX_STREAMS, STREAM_WINDOW,
     ahead::ReadAhead,
     keep_alive,
     meter::{Metered, Notice, Side, Verdict},
@@ -95,6 +95,11 @@ where
             .max_frame_size(MAX_FRAME)
             .max_header_list_size(MAX_HEADER_LIST)
             .max_concurrent_streams(MAX_STREAMS)
+            // An honest application may cancel as many at once; floods are the meter's to end.
+            .max_pending_accept_reset_streams(MAX_SERVED)
+            // What is cancelled and opened again in one breath is over our limit for a moment, and refused:
+            // a thousand such in a tunnel's life are no attack.
+            .max_local_error_reset_streams(Some(MAX_LOCAL_RESETS))
             .max_send_buffer_size(GROWN_STREAM_WINDOW as usize)
             .data_frame_budget(DATA_FRAME_BUDGET)
             .handshake(tls)
