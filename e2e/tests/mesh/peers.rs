@@ -242,9 +242,12 @@ fn envoy_as_hbone_client_reaches_a_pod_behind_ztunnel() {
         Ok(echo_once(&socket, b"refused?").is_err().then_some(()))
     })
     .unwrap();
-    let refused = shop.b.metrics().unwrap();
-    let refused = refused.sum("culvert_connections_refused_total", &[("direction", "inbound")]);
-    assert!(refused > 0.0, "it is ztunnel that refuses");
+    poll_until("it is ztunnel that refuses", WAIT, || {
+        let metrics = shop.b.metrics()?;
+        let refused = metrics.sum("culvert_connections_refused_total", &[("direction", "inbound")]);
+        Ok((refused > 0.0).then_some(()))
+    })
+    .unwrap();
 }
 
 #[test]

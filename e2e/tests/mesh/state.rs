@@ -76,9 +76,12 @@ fn f44_f02_nodes_restart_while_control_and_its_ca_are_down() {
         node.wait_ready().unwrap();
     }
     assert!(call(&shop).is_err(), "there is no key to prove an identity with");
-    let metrics = shop.a.metrics().unwrap();
-    let refused = metrics.sum("culvert_connections_refused_total", &[("reason", "identity")]);
-    assert!(refused >= 1.0, "it says why");
+    poll_until("it says why", WAIT, || {
+        let metrics = shop.a.metrics()?;
+        let refused = metrics.sum("culvert_connections_refused_total", &[("reason", "identity")]);
+        Ok((refused >= 1.0).then_some(()))
+    })
+    .unwrap();
     assert!(
         held.join().unwrap().is_err(),
         "a pod that nobody knows is not let in"
