@@ -77,6 +77,7 @@ fn f44_f02_nodes_restart_while_control_and_its_ca_are_down() {
     }
     assert!(call(&shop).is_err(), "there is no key to prove an identity with");
     poll_until("it says why", WAIT, || {
+        let _ = call(&shop);
         let metrics = shop.a.metrics()?;
         let refused = metrics.sum("culvert_connections_refused_total", &[("reason", "identity")]);
         Ok((refused >= 1.0).then_some(()))
