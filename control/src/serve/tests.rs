@@ -160,24 +160,66 @@ async fn t52_messages_without_measure_are_refused_before_they_are_taken_in() {
     );
     let mut ads =
         AggregatedDiscoveryServiceClient::with_interceptor(control.channel().unwrap(), control.credentials());
-    let huge = DeltaDiscoveryRequest {
+    let name = "x".repeat(1000);
+    for names in [vec!["x".repeat(16 << 20)], vec![name; 34_000]] {
+        let huge = DeltaDiscoveryRequest {
+            type_url: type_url::ADDRESS.to_owned(),
+            resource_names_subscribe: names,
+            ..DeltaDiscoveryRequest::default()
+        };
+        let answered = async {
+            let requests = tokio_stream::iter([huge]);
+            let mut answers = ads
+                .delta_aggregated_resources(Request::new(requests))
+                .await?
+                .into_inner();
+            answers.message().await
+        };
+        let answered = tokio::time::timeout(Duration::from_secs(10), answered)
+            .await
+            .unwrap();
+        assert!(!matches!(answered, Ok(Some(_))), "{answered:?}");
+    }
+    port.ask_all(TOKEN).await[1].as_ref().unwrap();
+}
+
+#[tokio::test]
+async fn a_node_that_holds_a_hundred_thousand_workloads_resumes() {
+    const HELD: usize = 100_000;
+    let port = open().await;
+    let control = port.control(TOKEN);
+    let (channel, credentials) = (control.channel().unwrap(), control.credentials());
+    let mut ads = AggregatedDiscoveryServiceClient::with_interceptor(channel, credentials)
+        .max_decoding_message_size(64 << 20);
+    let held = |number: usize| {
+        let name = format!("Kubernetes//Pod/a-namespace-of-the-mesh/a-workload-of-it-{number:06}");
+        (name, format!("{number:016x}"))
+    };
+    let first = DeltaDiscoveryRequest {
         type_url: type_url::ADDRESS.to_owned(),
-        resource_names_subscribe: vec!["x".repeat(16 << 20)],
+        initial_resource_versions: (0..HELD).map(held).collect(),
         ..DeltaDiscoveryRequest::default()
     };
-    let answered = async {
-        let requests = tokio_stream::iter([huge]);
-        let mut answers = ads
-            .delta_aggregated_resources(Request::new(requests))
-            .await?
-            .into_inner();
-        answers.message().await
-    };
-    let answered = tokio::time::timeout(Duration::from_secs(10), answered)
+    let size = prost::Message::encoded_len(&first);
+    assert!(size > 7 << 20, "{size} bytes");
+    use tokio_stream::StreamExt;
+    let requests = tokio_stream::iter([first]).chain(tokio_stream::pending());
+    let mut answers = ads
+        .delta_aggregated_resources(Request::new(requests))
         .await
-        .unwrap();
-    assert!(!matches!(answered, Ok(Some(_))), "{answered:?}");
-    port.ask_all(TOKEN).await[1].as_ref().unwrap();
+        .unwrap()
+        .into_inner();
+    // There is none of them any more, and the node is told of each.
+    let mut removed = 0;
+    while removed < HELD {
+        let answer = answers
+            .message()
+            .await
+            .expect("the node is served")
+            .expect("an answer");
+        removed += answer.removed_resources.len();
+    }
+    assert_eq!(removed, HELD);
 }
 
 #[tokio::test]

@@ -12,6 +12,9 @@ use tonic::Status;
 /// Names one node may subscribe to.
 const MAX_SUBSCRIPTIONS: usize = 200_000;
 
+/// Longest name of a resource: the longest are a namespace's and a name's together (63 and 253 bytes), twice.
+const MAX_NAME: usize = 1024;
+
 pub struct View {
     node: String,
     source: String,
@@ -102,6 +105,15 @@ impl View {
             let kind: String = request.type_url.chars().take(100).collect();
             return Err(Status::invalid_argument(format!("type {kind:?} is not served")));
         };
+        let held = request.initial_resource_versions.keys();
+        let mut names = held
+            .chain(&request.resource_names_subscribe)
+            .chain(&request.resource_names_unsubscribe);
+        if names.any(|name| name.len() > MAX_NAME) {
+            return Err(Status::invalid_argument(format!(
+                "a name of more than {MAX_NAME} bytes is no resource's"
+            )));
+        }
         let subscription = match &mut self.types[of] {
             Some(known) => known,
             none => {
