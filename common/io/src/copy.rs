@@ -127,9 +127,12 @@ pub async fn relay(
         }
     };
     match &outcome {
-        Ok(()) => close_cleanly(&socket),
+        Ok(()) => {
+            close_cleanly(&socket);
+            stream.counted.closed();
+        }
         Err(Fault::Application(_) | Fault::Cut | Fault::Overload) => stream.reset(),
-        Err(Fault::Tunnel(_)) => {}
+        Err(Fault::Tunnel(_)) => stream.counted.closed(),
     }
     outcome
 }

@@ -50,6 +50,23 @@ const DATA_FRAME_BUDGET: usize = 256 * 1024 * 1024;
 /// are still clearing up: a peer that resets what it has just opened gains no more work from us than this.
 const MAX_SERVED: usize = 2 * MAX_STREAMS as usize;
 
+/// Streams that an application may cancel on one tunnel, at once and a second after that; with the next one
+/// the tunnel takes no new stream, and what it carries goes on. Well below what [`RESETS`] lets a peer do, so
+/// that nothing open is lost to honest cancels, however late we hear of the peer's patience (F29).
+const CANCELS: (u32, u32) = (500, 250);
+
+/// Resets that a peer may send, at once and a second after that, before it is told to go elsewhere; as many
+/// again, and its tunnel ends.
+const RESETS: (u32, u32) = (2_000, 1_000);
+
+/// Streams reset before they were accepted that wait to be thrown away. One turn of reading brings more than
+/// a peer may serve at once, so this bounds memory alone: [`RESETS`] ends floods.
+const MAX_RESET_UNACCEPTED: usize = 2 * RESETS.0 as usize + 100;
+
+/// Streams that are remembered for a second after we have reset them: all that [`CANCELS`] allows. A frame of
+/// one that is forgotten would be answered with one more reset.
+const MAX_REMEMBERED_RESETS: usize = 1_000;
+
 /// Streams that the accepting end resets of itself before it ends the tunnel (CVE-2025-8671).
 const MAX_LOCAL_RESETS: usize = 10_000;
 

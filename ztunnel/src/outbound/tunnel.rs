@@ -321,6 +321,7 @@ impl Slot {
         let now = SystemTime::now();
         let usable = |pooled: &&mut Pooled| {
             !pooled.tunnel.is_closed()
+                && !pooled.tunnel.is_retired()
                 && pooled.own_not_after > now
                 && pooled.tunnel.peer_not_after() > now
                 && pooled.tunnel.streams() < STRIPE_AT
@@ -374,7 +375,7 @@ impl Slot {
                 true
             } else {
                 let patience = if another { SURPLUS_IDLE } else { IDLE };
-                now.duration_since(pooled.used) < patience
+                !pooled.tunnel.is_retired() && now.duration_since(pooled.used) < patience
             };
             let kept = kept && known && !pooled.tunnel.is_closed();
             another |= kept;

@@ -1,7 +1,8 @@
 //! The end that dials.
 
 use super::{
-    CONNECTION_WINDOW, DATA_FRAME_BUDGET, DIAL_PATIENCE, GROWN_STREAM_WINDOW, MAX_FRAME, STREAM_WINDOW,
+    CONNECTION_WINDOW, DATA_FRAME_BUDGET, DIAL_PATIENCE, GROWN_STREAM_WINDOW, MAX_FRAME,
+    MAX_REMEMBERED_RESETS, STREAM_WINDOW,
     ahead::ReadAhead,
     keep_alive,
     meter::{Metered, Notice, Side, Verdict},
@@ -165,6 +166,7 @@ where
         .data_frame_budget(DATA_FRAME_BUDGET)
         // An honest application that cancels a lot must not end a tunnel that it shares (h2#856).
         .max_local_error_reset_streams(None)
+        .max_concurrent_reset_streams(MAX_REMEMBERED_RESETS)
         .enable_push(false)
         .handshake(tls)
         .await?;
@@ -172,7 +174,7 @@ where
         Tunnel {
             requests,
             watch: Watch {
-                shared: Shared::new(budget),
+                shared: Shared::new(budget, Side::Client),
                 peer,
             },
         },
@@ -203,7 +205,13 @@ where
             grown = true;
             let _ = connection.set_initial_window_size(GROWN_STREAM_WINDOW);
         }
-        if Pin::new(&mut connection).poll(cx).is_ready() || notice.verdict() == Verdict::End {
+        if let Poll::Ready(ended) = Pin::new(&mut connection).poll(cx) {
+            if let Err(error) = ended {
+                tracing::debug!(%error, "tunnel broke");
+            }
+            return Poll::Ready(());
+        }
+        if notice.verdict() == Verdict::End {
             return Poll::Ready(());
         }
         alive.as_mut().poll(cx)
@@ -230,6 +238,11 @@ impl Tunnel {
 
     pub fn is_closed(&self) -> bool {
         self.watch.is_closed()
+    }
+
+    /// Whether it takes no new stream; what is open goes on.
+    pub fn is_retired(&self) -> bool {
+        self.watch.shared.retired.load(Ordering::Relaxed)
     }
 
     /// Whether two handles are of one tunnel.

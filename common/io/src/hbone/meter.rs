@@ -9,6 +9,7 @@
 //! Invariant: an honest peer, however busy, never spends a budget; who does is told to calm down and
 //! loses this one tunnel. Nothing is read of frames but their heads.
 
+use super::RESETS;
 use std::{
     io,
     pin::Pin,
@@ -61,7 +62,7 @@ enum Kind {
 
 /// So many at once, and so many a second after that.
 #[derive(Debug)]
-struct Bucket {
+pub(super) struct Bucket {
     left: u32,
     burst: u32,
     per_second: u32,
@@ -70,7 +71,7 @@ struct Bucket {
 }
 
 impl Bucket {
-    fn new(burst: u32, per_second: u32, now: Instant) -> Self {
+    pub fn new((burst, per_second): (u32, u32), now: Instant) -> Self {
         Self {
             left: burst,
             burst,
@@ -80,7 +81,7 @@ impl Bucket {
     }
 
     /// The clock is looked at only when the bucket is empty.
-    fn take(&mut self, now: impl Fn() -> Instant) -> bool {
+    pub fn take(&mut self, now: impl Fn() -> Instant) -> bool {
         if self.left == 0 {
             let now = now();
             let earned = now.duration_since(self.filled).as_secs_f64() * f64::from(self.per_second);
@@ -116,18 +117,18 @@ impl Meter {
     fn new(peer: Side, now: Instant) -> Self {
         // A server resets and answers only what we have asked for.
         let (headers, resets) = match peer {
-            Side::Client => ((40_000, 20_000), (2_000, 1_000)),
+            Side::Client => ((40_000, 20_000), RESETS),
             Side::Server => ((u32::MAX, u32::MAX), (u32::MAX, u32::MAX)),
         };
         Self {
             skip: if peer == Side::Client { PREFACE } else { 0 },
             head: [0; HEAD],
             have: 0,
-            headers: Bucket::new(headers.0, headers.1, now),
-            resets: Bucket::new(resets.0, resets.1, now),
-            empty: Bucket::new(200, 20, now),
-            window_updates: Bucket::new(100_000, 50_000, now),
-            control: Bucket::new(1_000, 100, now),
+            headers: Bucket::new(headers, now),
+            resets: Bucket::new(resets, now),
+            empty: Bucket::new((200, 20), now),
+            window_updates: Bucket::new((100_000, 50_000), now),
+            control: Bucket::new((1_000, 100), now),
             verdict: Verdict::Calm,
         }
     }

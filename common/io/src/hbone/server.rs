@@ -2,7 +2,8 @@
 
 use super::{
     CONNECTION_WINDOW, DATA_FRAME_BUDGET, GROWN_STREAM_WINDOW, HANDSHAKE_DEADLINE, MAX_FRAME,
-    MAX_HEADER_LIST, MAX_LOCAL_RESETS, MAX_SERVED, MAX_STREAMS, STREAM_WINDOW,
+    MAX_HEADER_LIST, MAX_LOCAL_RESETS, MAX_REMEMBERED_RESETS, MAX_RESET_UNACCEPTED, MAX_SERVED, MAX_STREAMS,
+    STREAM_WINDOW,
     ahead::ReadAhead,
     keep_alive,
     meter::{Metered, Notice, Side, Verdict},
@@ -95,8 +96,9 @@ where
             .max_frame_size(MAX_FRAME)
             .max_header_list_size(MAX_HEADER_LIST)
             .max_concurrent_streams(MAX_STREAMS)
-            // An honest application may cancel as many at once; floods are the meter's to end.
-            .max_pending_accept_reset_streams(MAX_SERVED)
+            // Floods are the meter's to end.
+            .max_pending_accept_reset_streams(MAX_RESET_UNACCEPTED)
+            .max_concurrent_reset_streams(MAX_REMEMBERED_RESETS)
             // What is cancelled and opened again in one breath is over our limit for a moment, and refused:
             // a thousand such in a tunnel's life are no attack.
             .max_local_error_reset_streams(Some(MAX_LOCAL_RESETS))
@@ -108,7 +110,7 @@ where
             Some(pings) => Box::pin(keep_alive(pings)),
             None => Box::pin(std::future::pending()),
         };
-        let shared = Shared::new(budget);
+        let shared = Shared::new(budget, Side::Server);
         Ok(Incoming {
             connection,
             alive,
@@ -170,7 +172,11 @@ where
                     };
                     return Poll::Ready(Some((Connect::decode(&head), responder)));
                 }
-                Poll::Ready(Some(Err(_)) | None) => return Poll::Ready(None),
+                Poll::Ready(Some(Err(error))) => {
+                    tracing::debug!(peer = %self.peer.id, %error, "tunnel broke");
+                    return Poll::Ready(None);
+                }
+                Poll::Ready(None) => return Poll::Ready(None),
             }
         }
     }
@@ -182,6 +188,7 @@ where
             return false;
         }
         self.heeded = verdict;
+        tracing::debug!(peer = %self.peer.id, ?verdict, "the peer's frames were more than its work");
         match verdict {
             Verdict::Calm => {}
             Verdict::Drain => self.connection.graceful_shutdown(),

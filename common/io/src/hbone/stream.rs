@@ -1,5 +1,9 @@
 //! One user connection inside a tunnel.
 
+use super::{
+    CANCELS,
+    meter::{Bucket, Side},
+};
 use crate::{
     budget::{Account, Budget, Charge},
     tls::{LeafError, leaf_expiry, leaf_identity},
@@ -8,13 +12,14 @@ use bytes::Bytes;
 use culvert_core::ids::SpiffeId;
 use futures::task::AtomicWaker;
 use h2::{Reason, RecvStream, SendStream};
+use parking_lot::Mutex;
 use rustls_pki_types::CertificateDer;
 use std::{
     sync::{
         Arc,
         atomic::{AtomicBool, AtomicUsize, Ordering},
     },
-    time::{Duration, SystemTime},
+    time::{Duration, Instant, SystemTime},
 };
 
 /// What the streams of a tunnel and its driver tell each other.
@@ -29,11 +34,17 @@ pub(super) struct Shared {
     pub retired: AtomicBool,
     /// Ends now, with all of its streams.
     pub cut: AtomicBool,
+    /// What is left of the streams that we may cancel; the accepting end may cancel all.
+    cancels: Option<Mutex<Bucket>>,
     account: Arc<Account>,
 }
 
 impl Shared {
-    pub fn new(budget: &Arc<Budget>) -> Arc<Self> {
+    pub fn new(budget: &Arc<Budget>, own: Side) -> Arc<Self> {
+        let cancels = match own {
+            Side::Client => Some(Mutex::new(Bucket::new(CANCELS, Instant::now()))),
+            Side::Server => None,
+        };
         Arc::new(Self {
             grow: AtomicBool::new(false),
             driver: AtomicWaker::new(),
@@ -41,8 +52,18 @@ impl Shared {
             closed: AtomicBool::new(false),
             retired: AtomicBool::new(false),
             cut: AtomicBool::new(false),
+            cancels,
             account: Account::new(budget),
         })
+    }
+
+    /// A stream was reset by this end: one too many, and the next one is opened elsewhere.
+    fn cancelled(&self) {
+        if let Some(cancels) = &self.cancels
+            && !cancels.lock().take(Instant::now)
+        {
+            self.retired.store(true, Ordering::Relaxed);
+        }
     }
 
     /// Whether the tunnel's windows shall grow, and its workload has room for what they promise.
@@ -118,15 +139,23 @@ impl Watch {
 /// How often who waits for room looks again.
 const ROOM_EVERY: Duration = Duration::from_millis(5);
 
-/// Counts a stream for as long as it lives.
+/// Counts a stream for as long as it lives. Unless told otherwise it ends with a reset of ours.
 #[derive(Debug)]
-pub(crate) struct Counted(Arc<Shared>);
+pub(crate) struct Counted {
+    shared: Arc<Shared>,
+    closed: bool,
+}
 
 impl Counted {
+    /// It has ended, and no reset of ours was needed for that.
+    pub fn closed(&mut self) {
+        self.closed = true;
+    }
+
     /// Lets the tunnel's windows grow: this stream moves bulk.
     pub fn moves_bulk(&self) {
-        if !self.0.grow.swap(true, Ordering::Relaxed) {
-            self.0.driver.wake();
+        if !self.shared.grow.swap(true, Ordering::Relaxed) {
+            self.shared.driver.wake();
         }
     }
 
@@ -138,7 +167,7 @@ impl Counted {
     }
 
     pub fn has_room(&self) -> bool {
-        self.0.account.has_room()
+        self.shared.account.has_room()
     }
 
     /// The chunk, charged to its workload until it has left.
@@ -154,12 +183,15 @@ impl Counted {
     }
 
     pub fn charge(&self, bytes: usize) -> Charge {
-        Charge::new(&self.0.account, bytes)
+        Charge::new(&self.shared.account, bytes)
     }
 
     pub(super) fn new(shared: &Arc<Shared>) -> Self {
         shared.streams.fetch_add(1, Ordering::Relaxed);
-        Self(shared.clone())
+        Self {
+            shared: shared.clone(),
+            closed: false,
+        }
     }
 }
 
@@ -176,7 +208,10 @@ impl AsRef<[u8]> for Charged {
 
 impl Drop for Counted {
     fn drop(&mut self) {
-        self.0.streams.fetch_sub(1, Ordering::Relaxed);
+        self.shared.streams.fetch_sub(1, Ordering::Relaxed);
+        if !self.closed {
+            self.shared.cancelled();
+        }
     }
 }
 

@@ -368,3 +368,34 @@ async fn a_tunnel_that_is_retired_keeps_its_streams_and_takes_no_new_one() {
     let silent = tokio::time::timeout(std::time::Duration::from_millis(200), stream.recv.data()).await;
     assert!(silent.is_err(), "the open stream goes on: {silent:?}");
 }
+
+#[tokio::test]
+async fn f29_honest_cancels_retire_a_tunnel_before_its_peer_loses_patience() {
+    let (tunnel, mut incoming) = tunnel().await;
+    tokio::spawn(async move {
+        let mut first = None;
+        while let Some((_, responder)) = incoming.next().await {
+            // It may have been cancelled by now.
+            let stream = responder.accept();
+            first = first.or(stream.ok());
+        }
+    });
+    let mut kept = tunnel.open(&connect()).await.unwrap();
+    let mut cancelled = 0;
+    while !tunnel.is_retired() {
+        // Half of them before the answer, half after it.
+        let connect = connect();
+        let opening = tunnel.open(&connect);
+        let patience = std::time::Duration::from_millis(if cancelled % 2 == 0 { 0 } else { 1_000 });
+        let _ = tokio::time::timeout(patience, opening).await;
+        cancelled += 1;
+        assert!(cancelled < 10_000, "it is never retired");
+    }
+    assert!(cancelled > CANCELS.0, "{cancelled}");
+    let silent = tokio::time::timeout(std::time::Duration::from_millis(300), kept.recv.data()).await;
+    assert!(silent.is_err(), "the open stream goes on: {silent:?}");
+    assert!(
+        tunnel.open(&connect()).await.is_ok(),
+        "the peer has not asked for anything"
+    );
+}
