@@ -26,7 +26,8 @@ pub struct Config {
     #[arg(long, env = "CULVERT_CONFIG_DIR")]
     pub config_dir: PathBuf,
 
-    /// Folder for the CA, the trust bundle (`root.pem`) and the version counter; made with mode 0700.
+    /// Folder for the CA, the trust bundle (`root.pem`), the version counter and how far pods are on their way into
+    /// the mesh; made with mode 0700.
     #[arg(long, env = "CULVERT_STATE_DIR")]
     pub state_dir: PathBuf,
 

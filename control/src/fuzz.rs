@@ -2,7 +2,11 @@
 
 use crate::{
     authority::{Authority, SignError},
-    index::{self, Index, tests::settings, world::TYPES},
+    index::{
+        self, Index,
+        tests::{ALL, settings},
+        world::TYPES,
+    },
     watch::files,
 };
 use culvert_core::ids::SpiffeId;
@@ -82,7 +86,7 @@ fn fuzz_config_objects() {
             Ok(changes) => changes,
             Err(mistakes) => return kind(&mistakes[0].what),
         };
-        let Some(world) = Index::new(settings(), 0).apply(&changes, vec![], u64::MAX) else {
+        let Some(world) = Index::new(settings(), 0, Default::default()).apply(&changes, vec![], ALL) else {
             return "nothing new".into();
         };
         // What control takes, its nodes can read.

@@ -19,7 +19,7 @@ mod services;
 mod workloads;
 pub mod world;
 
-pub use phase::Capture;
+pub use phase::{Capture, Phase, Taken};
 pub use world::{PodFacts, World};
 
 use crate::config::{Config, Egress, Profile};
@@ -31,7 +31,6 @@ use culvert_core::ids::TrustDomain;
 use culvert_proto::{mesh, security, workload as wire};
 use ipnet::IpNet;
 use labels::{Members, Selectors};
-use phase::Phase;
 use prost::Message;
 use selected::Selecting;
 use std::{
@@ -167,6 +166,10 @@ pub struct Index {
     /// Names of the resources made for a service's listed addresses.
     made: HashMap<Key, BTreeSet<String>>,
     phases: HashMap<String, Phase>,
+    /// Phases that an earlier process has left, of pods not met yet.
+    recorded: BTreeMap<String, Phase>,
+    /// Pods whose phase has changed, or that are no more.
+    moved: Vec<(String, Option<Phase>)>,
     waiting: BTreeSet<Member>,
     captures: HashMap<String, (String, Capture)>,
     /// Nodes whose agent has come since the start.
@@ -176,8 +179,8 @@ pub struct Index {
 }
 
 impl Index {
-    /// Counts worlds from `number` on.
-    pub fn new(settings: Settings, number: u64) -> Self {
+    /// Counts worlds from `number` on, and takes pods up where an earlier process has left them.
+    pub fn new(settings: Settings, number: u64, recorded: BTreeMap<String, Phase>) -> Self {
         Self {
             settings,
             objects: Objects::default(),
@@ -190,6 +193,8 @@ impl Index {
             listed_at: HashMap::new(),
             made: HashMap::new(),
             phases: HashMap::new(),
+            recorded,
+            moved: vec![],
             waiting: BTreeSet::new(),
             captures: HashMap::new(),
             attended: HashSet::new(),
@@ -203,9 +208,19 @@ impl Index {
         !self.waiting.is_empty()
     }
 
-    /// Takes what is new and gives the world that follows, if it is another one. Every node has taken all up
-    /// to number `taken`.
-    pub fn apply(&mut self, changes: &[Change], reports: Vec<Report>, taken: u64) -> Option<Arc<World>> {
+    /// Which pods have come to another phase since the last call, or are no more.
+    pub fn moved(&mut self) -> Vec<(String, Option<Phase>)> {
+        std::mem::take(&mut self.moved)
+    }
+
+    /// Every pod's phase.
+    pub fn phases(&self) -> (usize, impl Iterator<Item = (&str, Phase)>) {
+        let all = self.phases.iter().map(|(uid, phase)| (uid.as_str(), *phase));
+        (self.phases.len(), all)
+    }
+
+    /// Takes what is new and gives the world that follows, if it is another one.
+    pub fn apply(&mut self, changes: &[Change], reports: Vec<Report>, taken: Taken) -> Option<Arc<World>> {
         let mut dirty = Dirty::default();
         if !self.begun {
             self.begun = true;
@@ -228,6 +243,9 @@ impl Index {
         for member in std::mem::take(&mut dirty.members) {
             self.derive(&member, taken, &mut dirty.step);
         }
+        // The first batch has everything: who is not met in it is no more.
+        let unmet = std::mem::take(&mut self.recorded);
+        self.moved.extend(unmet.into_keys().map(|uid| (uid, None)));
         let changed = self.world.close(dirty.step);
         changed.then(|| Arc::new(self.world.clone()))
     }

@@ -16,6 +16,7 @@ mod config;
 mod fuzz;
 mod index;
 mod metrics;
+mod record;
 mod rotation;
 mod serve;
 mod watch;
@@ -25,9 +26,20 @@ use arc_swap::ArcSwap;
 use authority::Authority;
 use clap::Parser;
 use config::Config;
-use index::{Index, Report, Settings, World};
-use serve::{Certificate, Shared, Tokens, acks::Acks, limits::Limits};
-use std::{fs, os::unix::fs::DirBuilderExt, path::Path, sync::Arc};
+use index::{Index, Report, Settings, Taken, World};
+use record::Record;
+use serve::{
+    Certificate, Shared, Tokens,
+    acks::{Acks, Settled},
+    limits::Limits,
+};
+use std::{
+    fs,
+    os::unix::fs::DirBuilderExt,
+    path::Path,
+    sync::Arc,
+    time::{Duration, Instant},
+};
 use tokio::{
     net::TcpListener,
     signal::unix::{SignalKind, signal},
@@ -66,6 +78,7 @@ async fn main() -> anyhow::Result<()> {
         .with_context(|| format!("cannot listen on {}", config.admin))?;
 
     let (source, first) = version(&config.state_dir)?;
+    let (record, recorded) = Record::open(&config.state_dir)?;
     let (publish, world) = cell::channel(Arc::new(World::at(first)));
     let (reports, heard) = mpsc::channel(1024);
     let shared = Arc::new(Shared {
@@ -76,6 +89,7 @@ async fn main() -> anyhow::Result<()> {
         authority: ArcSwap::from_pointee(authority),
         limits: Limits::default(),
         acks: Acks::default(),
+        record,
         reports,
         metrics: metrics::Metrics::new()?,
     });
@@ -87,9 +101,10 @@ async fn main() -> anyhow::Result<()> {
     };
     tokio::spawn(admin::serve(admin, pages));
     tokio::spawn(count_mistakes(health.subscribe(), shared.clone()));
+    shared.acks.expect(recorded.nodes, Instant::now());
     let (changed, changes) = mpsc::channel(16);
     let indexing = Indexing {
-        index: Index::new(settings.clone(), first),
+        index: Index::new(settings.clone(), first, recorded.phases),
         changes,
         heard,
         publish,
@@ -185,6 +200,16 @@ fn version(state: &Path) -> anyhow::Result<(String, u64)> {
 /// Versions between two writes of the counter.
 const STEP: u64 = 1000;
 
+/// How often those who wait for nodes are looked at: whether what nodes have taken has settled, and whether one
+/// that is gone is waited for in vain.
+const LOOK_EVERY: Duration = Duration::from_millis(200);
+
+/// Serving on would harm a later start: nodes go on with what they have.
+fn stop_at(error: &dyn std::fmt::Display, why: &str) -> ! {
+    tracing::error!(%error, "{why}: stopping");
+    std::process::exit(1);
+}
+
 /// Takes what is new from folder and nodes, and publishes the world that follows.
 struct Indexing {
     index: Index,
@@ -204,6 +229,7 @@ impl Indexing {
             return;
         };
         let mut lowest = self.shared.acks.lowest();
+        let mut settled = Settled::default();
         loop {
             while let Ok(more) = self.changes.try_recv() {
                 changes.extend(more);
@@ -216,8 +242,11 @@ impl Indexing {
             while let Ok(report) = self.heard.try_recv() {
                 reports.push(report);
             }
-            let taken = *lowest.borrow_and_update();
+            let now = *lowest.borrow_and_update();
+            let settled = settled.advance(now, Instant::now());
+            let taken = Taken { now, settled };
             let mut world = self.index.apply(&changes, reports, taken);
+            self.write_down();
             while let Some(new) = world {
                 if !self.publish(new) {
                     return;
@@ -228,6 +257,7 @@ impl Indexing {
                 } else {
                     None
                 };
+                self.write_down();
             }
             changes = vec![];
             tokio::select! {
@@ -236,13 +266,35 @@ impl Indexing {
                     None => return,
                 },
                 Some(report) = self.heard.recv() => {
-                    if let Some(world) = self.index.apply(&[], vec![report], taken)
-                        && !self.publish(world)
-                    {
+                    let world = self.index.apply(&[], vec![report], taken);
+                    self.write_down();
+                    if let Some(world) = world && !self.publish(world) {
                         return;
                     }
                 }
                 Ok(()) = lowest.changed(), if self.index.waits() => {}
+                () = tokio::time::sleep(LOOK_EVERY), if self.index.waits() => self.give_up(),
+            }
+        }
+    }
+
+    /// Pods' phases outlive this process, before anything that follows from them is published.
+    fn write_down(&mut self) {
+        let moved = self.index.moved();
+        if let Err(error) = self.shared.record.phases(&moved, || self.index.phases()) {
+            stop_at(
+                &error,
+                "pods' phases cannot be stored, and a restart would take them for others",
+            );
+        }
+    }
+
+    /// Nodes that are gone for too long hold nobody up.
+    fn give_up(&self) {
+        for node in self.shared.acks.give_up(Instant::now()) {
+            tracing::warn!(node, "it is gone, and not waited for any more");
+            if let Err(error) = self.shared.record.node_left(&node) {
+                tracing::warn!(node, %error, "a restart will wait for this node once more");
             }
         }
     }
@@ -252,8 +304,10 @@ impl Indexing {
         if self.stored.is_none_or(|stored| world.number >= stored + STEP) {
             let text = format!("{}/{}", self.shared.source, world.number);
             if let Err(error) = authority::write_public(&self.state.join("version"), &text) {
-                tracing::error!(%error, "the version cannot be stored, and a restart would count backwards: stopping");
-                std::process::exit(1);
+                stop_at(
+                    &*error,
+                    "the version cannot be stored, and a restart would count backwards",
+                );
             }
             self.stored = Some(world.number);
         }

@@ -20,6 +20,7 @@ use crate::{
     authority::Authority,
     index::{Report, Settings, World},
     metrics::Metrics,
+    record::Record,
 };
 use acks::Acks;
 use arc_swap::ArcSwap;
@@ -45,6 +46,7 @@ pub struct Shared {
     pub limits: Limits,
     /// What every node has taken.
     pub acks: Acks,
+    pub record: Record,
     /// What agents say.
     pub reports: mpsc::Sender<Report>,
     pub metrics: Metrics,

@@ -2,7 +2,7 @@
 
 use super::{
     Dirty, Index, Member, Place, endpoints, labels,
-    phase::{Capture, Phase},
+    phase::{Capture, Phase, Taken},
     selected::{Subject, select},
     services, workloads,
     workloads::Surroundings,
@@ -62,7 +62,7 @@ impl Index {
         }
     }
 
-    pub(super) fn derive(&mut self, member: &Member, taken: u64, step: &mut Step) {
+    pub(super) fn derive(&mut self, member: &Member, taken: Taken, step: &mut Step) {
         match member {
             Member::Pod(key) => match self.objects.pods.get(key).cloned() {
                 Some(pod) => self.derive_pod(key, &pod, taken, step),
@@ -88,14 +88,20 @@ impl Index {
         }
     }
 
-    fn derive_pod(&mut self, key: &Key, pod: &Pod, taken: u64, step: &mut Step) {
+    fn derive_pod(&mut self, key: &Key, pod: &Pod, taken: Taken, step: &mut Step) {
         let uid = &pod.metadata.uid;
         let wanted = workloads::wanted(pod, &self.objects);
         let capture = self.capture(uid, &pod.spec.node_name);
-        let phase = match self.phases.get(uid) {
-            Some(phase) => phase.step(wanted, capture, self.world.number + 1, taken),
+        let next = self.world.number + 1;
+        let recorded = self.recorded.remove(uid);
+        let before = self.phases.get(uid).copied();
+        let phase = match before.or_else(|| Some(recorded?.resumed(next))) {
+            Some(phase) => phase.step(wanted, capture, next, taken),
             None => Phase::first(wanted),
         };
+        if before.or(recorded).map(Phase::name) != Some(phase.name()) {
+            self.moved.push((uid.clone(), Some(phase)));
+        }
         self.phases.insert(uid.clone(), phase);
         let member = Member::Pod(key.clone());
         if phase.waits() {

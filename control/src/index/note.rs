@@ -98,7 +98,9 @@ impl Index {
         let uid = &pod.metadata.uid;
         let stays = matches!(new, Some(Object::Pod(new)) if new.metadata.uid == *uid);
         if !stays {
-            self.phases.remove(uid);
+            if self.phases.remove(uid).is_some() {
+                self.moved.push((uid.clone(), None));
+            }
             self.waiting.remove(&member);
             self.world.remove_pod(&mut dirty.step, uid);
         }

@@ -1,7 +1,7 @@
 //! How far a pod is on its way into the mesh or out of it (settled D11).
 //!
 //! ```text
-//!            captured            every node has HBONE
+//!            captured            every node has had HBONE for a while
 //! Out ──▶ Joining ──▶ Both ────────────────────────▶ In
 //!  ▲                   │  ▲                           │
 //!  └──── Leaving ◀─────┘  └── wanted again ── Opening ◀┘
@@ -9,10 +9,19 @@
 //! ```
 //! In `Both`, `Opening` and `Leaving` the pod accepts both protocols. Invariant: whatever a node was last told,
 //! the pod takes: HBONE is published only after capture, plaintext is refused only after every node has taken
-//! HBONE, and capture ends only after every node has taken plaintext.
+//! HBONE and what it had sent in plaintext before is through, and capture ends only after every node has taken
+//! plaintext.
 
 /// The world's number since which something is published.
 type Since = u64;
+
+/// The world of which every node has taken everything.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Taken {
+    pub now: u64,
+    /// The same a while ago: what was routed by an older one has arrived.
+    pub settled: u64,
+}
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Phase {
@@ -37,26 +46,62 @@ pub enum Capture {
 
 impl Phase {
     /// The phase of a pod that is met for the first time. What is enrolled from its start is held by the CNI
-    /// plugin until it is captured, so nobody ever reaches it in plaintext.
+    /// plugin until it is captured, so nobody ever reaches it in plaintext. (One that was started outside of the
+    /// mesh and then put into it, both while control was away, is refused until it is captured.)
     pub fn first(wanted: bool) -> Self {
         if wanted { Self::In } else { Self::Out }
     }
 
-    /// One step. `next` is the number under which the outcome is published; every node has taken all up to
-    /// `taken`.
-    pub fn step(self, wanted: bool, capture: Capture, next: u64, taken: u64) -> Self {
+    /// Its name, for the record of a restart; which world it waits for is of one process alone.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Out => "out",
+            Self::Joining => "joining",
+            Self::Both { .. } => "both",
+            Self::In => "in",
+            Self::Opening { .. } => "opening",
+            Self::Leaving { .. } => "leaving",
+        }
+    }
+
+    /// The phase of that name.
+    pub fn named(name: &str) -> Option<Self> {
+        let since = 0;
+        let all = [
+            Self::Out,
+            Self::Joining,
+            Self::Both { since },
+            Self::In,
+            Self::Opening { since },
+            Self::Leaving { since },
+        ];
+        all.into_iter().find(|phase| phase.name() == name)
+    }
+
+    /// Taken up by another process, whose next world is `next`: whatever waits for nodes waits for that one.
+    pub fn resumed(self, next: u64) -> Self {
+        match self {
+            Self::Out | Self::Joining | Self::In => self,
+            Self::Both { .. } => Self::Both { since: next },
+            Self::Opening { .. } => Self::Opening { since: next },
+            Self::Leaving { .. } => Self::Leaving { since: next },
+        }
+    }
+
+    /// One step. `next` is the number under which the outcome is published.
+    pub fn step(self, wanted: bool, capture: Capture, next: u64, taken: Taken) -> Self {
         let captured = matches!(capture, Capture::Captured | Capture::Broken);
         match (self, wanted) {
             (Self::Out, true) => Self::Joining,
             (Self::Joining, true) if captured => Self::Both { since: next },
-            (Self::Both { since }, true) if taken >= since => Self::In,
+            (Self::Both { since }, true) if taken.settled >= since => Self::In,
             (Self::Opening { since }, true) => Self::Both { since },
             (Self::Leaving { .. }, true) => Self::Joining,
             (Self::Joining, false) => Self::Out,
             (Self::In, false) => Self::Opening { since: next },
             (Self::Both { .. }, false) => Self::Leaving { since: next },
-            (Self::Opening { since }, false) if taken >= since => Self::Leaving { since: next },
-            (Self::Leaving { since }, false) if taken >= since => Self::Out,
+            (Self::Opening { since }, false) if taken.now >= since => Self::Leaving { since: next },
+            (Self::Leaving { since }, false) if taken.now >= since => Self::Out,
             (same, _) => same,
         }
     }
@@ -96,6 +141,7 @@ impl Phase {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::index::tests::at;
 
     #[test]
     fn enrolment_goes_step_by_step_and_back() {
@@ -174,8 +220,15 @@ mod tests {
                 Joining,
             ),
         ] {
-            assert_eq!(from.step(wanted, capture, 10, taken), to, "{case}");
+            assert_eq!(from.step(wanted, capture, 10, at(taken)), to, "{case}");
         }
+        let just_now = Taken { now: 10, settled: 9 };
+        let both = Both { since: 10 };
+        assert_eq!(
+            both.step(true, Captured, 11, just_now),
+            both,
+            "plaintext sent before may be under way"
+        );
     }
 
     #[test]

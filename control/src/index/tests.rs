@@ -19,10 +19,18 @@ pub(crate) fn settings() -> Settings {
     }
 }
 
-const ALL: u64 = u64::MAX;
+pub(crate) const ALL: Taken = at(u64::MAX);
+
+/// Taken by every node a while ago.
+pub(crate) const fn at(number: u64) -> Taken {
+    Taken {
+        now: number,
+        settled: number,
+    }
+}
 
 fn index(yaml: &str) -> (Index, Arc<World>) {
-    let mut index = Index::new(settings(), 0);
+    let mut index = Index::new(settings(), 0, BTreeMap::new());
     let changes = changes(yaml);
     for change in &changes {
         check(change.object.as_ref().unwrap(), &settings()).unwrap();
@@ -431,6 +439,17 @@ fn a_policy_that_only_observes_takes_no_default_away() {
     }
 }
 
+/// What nodes are told of the pod: that it is captured, reached by HBONE, and refuses plaintext.
+fn told_of_cart(world: &World) -> (bool, bool, bool) {
+    let facts = world.pod("u-cart").unwrap();
+    let protocol = workload_of(world, "Kubernetes//Pod/shop/cart").protocol;
+    (
+        facts.enrolled,
+        protocol == Protocol::Hbone,
+        facts.refuse_plaintext,
+    )
+}
+
 #[test]
 fn plaintext_is_refused_only_after_every_node_has_taken_hbone() {
     let plain = pod("cart", "10.0.0.1", "");
@@ -442,18 +461,10 @@ fn plaintext_is_refused_only_after_every_node_has_taken_hbone() {
             capture,
         }]
     };
-    let look = |world: &World| {
-        let facts = world.pod("u-cart").unwrap();
-        let protocol = workload_of(world, "Kubernetes//Pod/shop/cart").protocol;
-        (
-            facts.enrolled,
-            protocol == Protocol::Hbone,
-            facts.refuse_plaintext,
-        )
-    };
-    let world = index.apply(&changes(ENROLLED), vec![], 1).unwrap();
+    let look = told_of_cart;
+    let world = index.apply(&changes(ENROLLED), vec![], at(1)).unwrap();
     assert_eq!(look(&world), (true, false, false), "ordered, not captured");
-    let world = index.apply(&[], state(Capture::Captured), 2).unwrap();
+    let world = index.apply(&[], state(Capture::Captured), at(2)).unwrap();
     assert_eq!(
         look(&world),
         (true, true, false),
@@ -461,24 +472,98 @@ fn plaintext_is_refused_only_after_every_node_has_taken_hbone() {
     );
     assert!(index.waits());
     assert!(
-        index.apply(&[], vec![], world.number - 1).is_none(),
+        index.apply(&[], vec![], at(world.number - 1)).is_none(),
         "a node lacks it"
     );
-    let world = index.apply(&[], vec![], world.number).unwrap();
+    let world = index.apply(&[], vec![], at(world.number)).unwrap();
     assert_eq!(look(&world), (true, true, true));
     assert!(!index.waits());
     let world = index
-        .apply(&changes(&ENROLLED.replace("ambient", "none")), vec![], 0)
+        .apply(&changes(&ENROLLED.replace("ambient", "none")), vec![], at(0))
         .unwrap();
     assert_eq!(look(&world), (true, true, false), "both again");
-    let world = index.apply(&[], vec![], world.number).unwrap();
+    let world = index.apply(&[], vec![], at(world.number)).unwrap();
     assert_eq!(
         look(&world),
         (true, false, false),
         "plain is published, both are taken"
     );
-    let world = index.apply(&[], vec![], world.number).unwrap();
+    let world = index.apply(&[], vec![], at(world.number)).unwrap();
     assert_eq!(look(&world), (false, false, false));
+}
+
+#[test]
+fn a_restart_takes_a_pod_up_where_it_was_on_its_way() {
+    use Phase::{Both, In, Joining, Leaving, Opening, Out};
+    let since = 7;
+    let (none, captured) = (Capture::None, Capture::Captured);
+    // What was recorded, what is wanted now, what the agent says; what is told at once, then after the agent's
+    // word, then after every node's ACK.
+    let out = (false, false, false);
+    let joining = (true, false, false);
+    let both = (true, true, false);
+    let all = (true, true, true);
+    for (recorded, mode, says, steps) in [
+        (Some(Joining), "ambient", none, [joining, joining, joining]),
+        (Some(Joining), "ambient", captured, [joining, both, all]),
+        (Some(Both { since }), "ambient", captured, [both, both, all]),
+        (Some(In), "ambient", captured, [all, all, all]),
+        (Some(Out), "ambient", captured, [joining, both, all]),
+        (Some(In), "none", captured, [both, both, joining]),
+        (Some(Opening { since }), "none", captured, [both, both, joining]),
+        (Some(Leaving { since }), "none", captured, [joining, joining, out]),
+        (Some(Out), "none", none, [out, out, out]),
+        (None, "ambient", none, [all, all, all]),
+        (None, "none", none, [out, out, out]),
+    ] {
+        let case = format!("{recorded:?} {mode} {says:?}");
+        let first = 1000;
+        let recorded = recorded.map(|phase| ("u-cart".to_owned(), phase));
+        let mut index = Index::new(settings(), first, recorded.into_iter().collect());
+        let objects = ENROLLED.replace("ambient", mode) + &pod("cart", "10.0.0.1", "");
+        // Nodes come back, and have taken nothing yet.
+        let mut world = index.apply(&changes(&objects), vec![], at(0)).unwrap();
+        let mut told = vec![told_of_cart(&world)];
+        let state = Report::State {
+            node: "a".into(),
+            uid: "u-cart".into(),
+            capture: says,
+        };
+        for (reports, taken) in [(vec![state], at(0)), (vec![], ALL)] {
+            world = index.apply(&[], reports, taken).unwrap_or(world);
+            told.push(told_of_cart(&world));
+        }
+        assert_eq!(told, steps, "{case}");
+    }
+}
+
+#[test]
+fn what_a_restart_needs_is_named_when_it_changes() {
+    let (mut index, _) = index(&pod("cart", "10.0.0.1", ""));
+    let named = |index: &mut Index| {
+        let moved = index.moved().into_iter();
+        moved
+            .map(|(uid, phase)| (uid, phase.map(Phase::name)))
+            .collect::<Vec<_>>()
+    };
+    let of = |phase| vec![("u-cart".to_owned(), phase)];
+    assert_eq!(named(&mut index), of(Some("out")));
+    index.apply(&changes(ENROLLED), vec![], at(0)).unwrap();
+    assert_eq!(named(&mut index), of(Some("joining")));
+    index.apply(&[], vec![], at(0));
+    assert_eq!(named(&mut index), []);
+    let mut gone = changes(&pod("cart", "10.0.0.1", ""));
+    gone[0].object = None;
+    index.apply(&gone, vec![], at(0)).unwrap();
+    assert_eq!(named(&mut index), of(None));
+    let left = [("u-old".to_owned(), Phase::In)].into();
+    let mut later = Index::new(settings(), 1000, left);
+    later.apply(&changes(ENROLLED), vec![], at(0)).unwrap();
+    assert_eq!(
+        named(&mut later),
+        [("u-old".to_owned(), None)],
+        "no object has it any more"
+    );
 }
 
 #[test]
@@ -614,7 +699,7 @@ fn content(world: &World) -> Vec<String> {
 #[test]
 fn f47_what_is_kept_up_by_changes_is_what_is_built_from_scratch() {
     let mut dice = Dice(7);
-    let mut kept = Index::new(settings(), 0);
+    let mut kept = Index::new(settings(), 0, BTreeMap::new());
     let mut objects = Objects::default();
     let mut world = kept.apply(&[], vec![], ALL).unwrap();
     for round in 0..1_500 {
@@ -658,7 +743,9 @@ fn f47_what_is_kept_up_by_changes_is_what_is_built_from_scratch() {
         // Another order than the one in which they came.
         put!(policies AuthorizationPolicy, peer_authentications PeerAuthentication, slices EndpointSlice,
              services Service, pods Pod, nodes Node, namespaces Namespace);
-        let scratch = Index::new(settings(), 0).apply(&all, vec![], ALL).unwrap();
+        let scratch = Index::new(settings(), 0, BTreeMap::new())
+            .apply(&all, vec![], ALL)
+            .unwrap();
         let (kept, scratch) = (content(&world), content(&scratch));
         for (kept, scratch) in kept.iter().zip(&scratch) {
             assert_eq!(kept, scratch, "round {round}");

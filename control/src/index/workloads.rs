@@ -121,6 +121,12 @@ pub fn facts(
     if pod.metadata.uid.is_empty() {
         return Err("metadata.uid is missing; the node's agent knows the pod by it".to_owned());
     }
+    if !is_uid(&pod.metadata.uid) {
+        return Err(format!(
+            "metadata.uid: {:?} is no UID; agents take 1 to 128 of a-z, A-Z, 0-9, '-' and '_'",
+            pod.metadata.uid
+        ));
+    }
     let account = or(&pod.spec.service_account_name, "default").to_owned();
     let annotation = |name: &str| pod.metadata.annotations.get(name).map(String::as_str);
     Ok(PodFacts {
@@ -140,6 +146,12 @@ pub fn facts(
         exclude_outbound_ports: list(EXCLUDE_OUTBOUND, annotation(EXCLUDE_OUTBOUND))?,
         exclude_outbound_nets: list(EXCLUDE_CIDRS, annotation(EXCLUDE_CIDRS))?,
     })
+}
+
+/// What agents take: it names files of theirs.
+fn is_uid(uid: &str) -> bool {
+    let fits = |b: u8| b.is_ascii_alphanumeric() || b == b'-' || b == b'_';
+    uid.len() <= 128 && uid.bytes().all(fits)
 }
 
 fn list<T: std::str::FromStr>(name: &str, value: Option<&str>) -> Result<Vec<T>, String> {

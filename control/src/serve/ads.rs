@@ -34,7 +34,7 @@ pub struct Ads(pub Arc<Shared>);
 
 /// How long a node may take to acknowledge a response. A stream that takes longer is ended: whoever waits for
 /// every node's ACK must not wait for one that has stopped (settled D11).
-const ACK_DEADLINE: Duration = Duration::from_secs(30);
+const ACK_DEADLINE: Duration = acks::PATIENCE;
 
 /// Longest text of a NACK that is logged.
 const MAX_REASON: usize = 500;
@@ -50,10 +50,17 @@ impl AggregatedDiscoveryService for Ads {
     ) -> Result<Response<Self::DeltaAggregatedResourcesStream>, Status> {
         let node = self.0.tokens.node(&request)?;
         self.0.limits.spend(&node, Budget::Streams, 1)?;
+        let Some(entry) = self.0.acks.enter(&node) else {
+            return Err(Status::resource_exhausted("too many streams of this node"));
+        };
+        if let Err(error) = self.0.record.node(&node) {
+            tracing::error!(%error, "a node cannot be written down; it is not served");
+            return Err(Status::unavailable("control cannot store its state"));
+        }
         let (responses, out) = mpsc::channel(4);
         let subscriber = Subscriber {
             view: View::new(node, self.0.source.clone()),
-            acks: self.0.acks.enter(),
+            acks: entry,
             shared: self.0.clone(),
             responses,
         };

@@ -28,6 +28,10 @@ impl Tokens {
                 "the token of node {node} is shorter than {MIN_BYTES} bytes"
             );
             anyhow::ensure!(!node.is_empty(), "a token without a node");
+            anyhow::ensure!(
+                !node.contains(char::is_control),
+                "node {node:?} of a token: no node's name has control characters"
+            );
         }
         Ok(Self(
             map.into_iter()

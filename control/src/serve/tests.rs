@@ -2,7 +2,10 @@
 
 use super::*;
 use crate::{
-    index::{Index, tests::settings},
+    index::{
+        Index,
+        tests::{ALL, settings},
+    },
     serve::tls::{Certificate, incoming, server_config},
 };
 use culvert_io::control::Control;
@@ -34,7 +37,11 @@ async fn open() -> Port {
     let folder = tempfile::tempdir().unwrap();
     let authority = Authority::generated(folder.path(), Duration::from_secs(3600)).unwrap();
     let certificate = Certificate::new(&authority, "control.example", &[]).unwrap();
-    let (publish, world) = watch::channel(Index::new(settings(), 0).apply(&[], vec![], 0).unwrap());
+    let (publish, world) = watch::channel(
+        Index::new(settings(), 0, Default::default())
+            .apply(&[], vec![], ALL)
+            .unwrap(),
+    );
     let (reports, heard) = mpsc::channel(64);
     let tokens = [(TOKEN.to_owned(), "a".to_owned())].into();
     let shared = Arc::new(Shared {
@@ -45,6 +52,7 @@ async fn open() -> Port {
         authority: ArcSwap::from_pointee(authority),
         limits: Limits::default(),
         acks: Acks::default(),
+        record: Record::open(folder.path()).unwrap().0,
         reports,
         metrics: crate::metrics::Metrics::new().unwrap(),
     });

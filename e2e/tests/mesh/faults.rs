@@ -164,7 +164,7 @@ fn f09_what_was_said_in_the_mesh_never_shows_when_a_pod_leaves_it() {
 }
 
 /// Waits until `node` knows the pod as one that is spoken to in this way.
-fn speaks(node: &MeshNode, pod: &Pod, protocol: &str) {
+pub(crate) fn speaks(node: &MeshNode, pod: &Pod, protocol: &str) {
     poll_until(&format!("{} speaks {protocol}", pod.name()), WAIT, || {
         let dump: serde_json::Value = serde_json::from_str(&node.admin("/config_dump")?.body)?;
         let known = dump["workloads"].as_array().is_some_and(|all| {

@@ -88,6 +88,7 @@ fn ca() -> (Ca, watch::Sender<Arc<World>>, tempfile::TempDir) {
             Authority::generated(state.path(), Duration::from_secs(3600)).unwrap(),
         ),
         limits: Limits::default(),
+        record: crate::record::Record::open(state.path()).unwrap().0,
         acks: Acks::default(),
         reports: mpsc::channel(1).0,
         metrics: crate::metrics::Metrics::new().unwrap(),

@@ -1,7 +1,7 @@
 use super::*;
 use crate::index::{
     Index,
-    tests::{Dice, random_change, settings},
+    tests::{ALL, Dice, random_change, settings},
     world::About,
 };
 use culvert_core::{
@@ -122,15 +122,15 @@ impl Held {
 #[test]
 fn f47_no_node_ever_judges_by_a_policy_that_is_missing_or_lacks_one_that_stays() {
     let mut dice = Dice(11);
-    let mut index = Index::new(settings(), 0);
-    let mut world = index.apply(&[], vec![], u64::MAX).unwrap();
+    let mut index = Index::new(settings(), 0, BTreeMap::new());
+    let mut world = index.apply(&[], vec![], ALL).unwrap();
     let (mut view, mut held) = (view(), Held::default());
     view.advance(&world);
     let mut before = Held::of(&world).in_force();
     let (mut sent, mut waiting) = (0, vec![]);
     for round in 0..2_000 {
         let batch: Vec<_> = (0..=dice.roll(2)).map(|_| random_change(&mut dice)).collect();
-        if let Some(changed) = index.apply(&batch, vec![], u64::MAX) {
+        if let Some(changed) = index.apply(&batch, vec![], ALL) {
             world = changed;
             view.advance(&world);
         }
@@ -232,8 +232,8 @@ fn settled_as_expected(held: &Held, world: &World, round: u32) {
 
 #[test]
 fn a_node_that_never_answers_is_sent_one_response_of_a_type() {
-    let mut index = Index::new(settings(), 0);
-    let mut world = index.apply(&[], vec![], u64::MAX).unwrap();
+    let mut index = Index::new(settings(), 0, BTreeMap::new());
+    let mut world = index.apply(&[], vec![], ALL).unwrap();
     let mut view = view();
     view.advance(&world);
     let mut dice = Dice(3);
@@ -242,7 +242,7 @@ fn a_node_that_never_answers_is_sent_one_response_of_a_type() {
         while view.next().is_some() {
             responses += 1;
         }
-        if let Some(changed) = index.apply(&[random_change(&mut dice)], vec![], u64::MAX) {
+        if let Some(changed) = index.apply(&[random_change(&mut dice)], vec![], ALL) {
             world = changed;
             view.advance(&world);
         }
@@ -254,8 +254,8 @@ fn a_node_that_never_answers_is_sent_one_response_of_a_type() {
 
 #[test]
 fn what_nothing_has_is_answered_once_and_again_when_asked_again() {
-    let mut index = Index::new(settings(), 0);
-    let world = index.apply(&[], vec![], u64::MAX).unwrap();
+    let mut index = Index::new(settings(), 0, BTreeMap::new());
+    let world = index.apply(&[], vec![], ALL).unwrap();
     let mut view = view();
     view.advance(&world);
     let mut removed = vec![];
@@ -285,9 +285,9 @@ fn what_nothing_has_is_answered_once_and_again_when_asked_again() {
 #[test]
 fn f45_after_a_reconnect_only_what_changed_is_sent() {
     let mut dice = Dice(5);
-    let mut index = Index::new(settings(), 0);
+    let mut index = Index::new(settings(), 0, BTreeMap::new());
     let changes: Vec<_> = (0..200).map(|_| random_change(&mut dice)).collect();
-    let world = index.apply(&changes, vec![], u64::MAX).unwrap();
+    let world = index.apply(&changes, vec![], ALL).unwrap();
     let (mut first, mut held) = (view(), BTreeMap::<String, BTreeMap<String, String>>::new());
     first.advance(&world);
     while let Some(response) = first.next() {
@@ -301,8 +301,8 @@ fn f45_after_a_reconnect_only_what_changed_is_sent() {
         first.take(ack(&response)).unwrap();
     }
     // Control has restarted: the same objects, a new process.
-    let restarted = Index::new(settings(), 5_000)
-        .apply(&changes, vec![], u64::MAX)
+    let restarted = Index::new(settings(), 5_000, BTreeMap::new())
+        .apply(&changes, vec![], ALL)
         .unwrap();
     let mut second = View::new("a".into(), "test".into());
     second.advance(&restarted);
