@@ -72,11 +72,14 @@ fn f09_a_pod_joins_and_leaves_step_by_step_and_no_call_is_lost() {
         .unwrap();
     let outside = shop.mesh.pod(&shop.a, PodSpec::new("plain", "outside")).unwrap();
     let _servers = [&legacy, &outside].map(|pod| Server::echo(pod.listen(8080).unwrap()).unwrap());
-    let [to, away] = [&legacy, &outside].map(|pod| SocketAddr::from((pod.addresses().v4, 8080)));
-    for (from, to) in [(&shop.web, to), (&outside, to), (&legacy, away)] {
+    let to = SocketAddr::from((legacy.addresses().v4, 8080));
+    // Into the pod and out of it.
+    let [away4, away6] = outside.addresses().all().map(|ip| SocketAddr::from((ip, 8080)));
+    let calls = [(&shop.web, to), (&legacy, away4), (&legacy, away6)];
+    for (from, to) in calls.into_iter().chain([(&outside, to)]) {
         poll_until("everybody is called", WAIT, || call(from, to).map(Some)).unwrap();
     }
-    let attempts = Attempts::start(&shop.web, to, 100, WAIT).unwrap();
+    let attempts = calls.map(|(from, to)| Attempts::start(from, to, 100, WAIT).unwrap());
     let enrol = |mode: &str| {
         let mut object = config::pod(&legacy);
         object["metadata"]["labels"][config::ENROL] = mode.into();
@@ -102,7 +105,9 @@ fn f09_a_pod_joins_and_leaves_step_by_step_and_no_call_is_lost() {
             thread::sleep(2 * DRAIN);
         }
     }
-    all_complete(&attempts.stop().unwrap()).unwrap();
+    for attempts in attempts {
+        all_complete(&attempts.stop().unwrap()).unwrap();
+    }
 }
 
 #[test]

@@ -12,9 +12,11 @@
 //! the rules do not send out, so with the rules gone nothing leaves it (settled D7).
 
 mod changes;
+mod gate;
 pub mod rules;
 mod wall;
 
+pub use gate::Gate;
 pub use rules::{Marks, Rules};
 
 use crate::netns::{NetlinkError, Netns};
@@ -34,7 +36,6 @@ use wall::Wall;
 /// The rules in one pod, and the means to look at them.
 pub struct Capture {
     nft: Connection<Nftables>,
-    sockets: Connection<SockDiag>,
     wall: Wall,
     rules: Rules,
     phase: Phase,
@@ -60,7 +61,6 @@ impl Capture {
     pub async fn install(netns: &Netns, rules: Rules) -> Result<Self, NetlinkError> {
         let mut capture = Self {
             nft: Connection::<Nftables>::new_in(netns.as_fd())?,
-            sockets: Connection::<SockDiag>::new_in(netns.as_fd())?,
             wall: Wall::new(netns)?,
             rules,
             phase: Phase::Taking,
@@ -94,15 +94,26 @@ impl Capture {
     }
 
     /// Takes everything away. What ztunnel still has open in the pod is reset first, whether it lives or
-    /// hangs: untranslated, the application's next segment would go to the original destination.
-    pub async fn remove(&mut self) -> Result<(), NetlinkError> {
+    /// hangs: untranslated, the application's next segment would go to the original destination. The wall goes
+    /// before the rules by which connections of the pod's own pass it.
+    pub async fn remove(netns: &Netns, marks: Marks) -> Result<(), NetlinkError> {
         let left = SocketFilter::tcp()
             .connected()
-            .mark(self.rules.marks.socket, u32::MAX)
+            .mark(marks.socket, u32::MAX)
             .build_inet();
-        self.sockets.destroy_matching(&left).await?;
-        self.nft.del_table_if_exists(TABLE, Family::Inet).await?;
-        self.wall.remove().await
+        let sockets = Connection::<SockDiag>::new_in(netns.as_fd())?;
+        sockets.destroy_matching(&left).await?;
+        Wall::new(netns)?.remove().await?;
+        let nft = Connection::<Nftables>::new_in(netns.as_fd())?;
+        nft.del_table_if_exists(TABLE, Family::Inet).await?;
+        gate::remove(&nft).await
+    }
+
+    /// Whether an earlier agent has left rules in the pod.
+    pub async fn is_left(netns: &Netns) -> Result<bool, NetlinkError> {
+        let nft = Connection::<Nftables>::new_in(netns.as_fd())?;
+        let tables = nft.list_tables_in(Family::Inet).await?;
+        Ok(tables.iter().any(|table| table.name == TABLE))
     }
 
     /// Whether everything is as it was put in place. While nobody touches rules or routes in the pod this

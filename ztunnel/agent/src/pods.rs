@@ -233,10 +233,7 @@ impl Pods {
             }
             Some(order) if order.enrolled => pod.enrol(order, &self.node).await,
             Some(_) => match pod.state {
-                State::Idle => {
-                    pod.leave();
-                    Ok(())
-                }
+                State::Idle => pod.stay_out(self.config.drain).await,
                 State::Draining { .. } => Ok(()),
                 State::Captured | State::Broken(_) => pod.begin_drain(self.config.drain).await,
             },

@@ -302,7 +302,9 @@ async fn f09_connections_live_through_enrolment_and_through_leaving() {
     let mut after = dial(&pod.lab.pod, (NODE_V4, 80)).unwrap();
     let mut after_served = accept(&server).expect("new connections go directly");
     same_pipe(&mut after, &mut after_served);
-    pod.capture.remove().await.unwrap();
+    Capture::remove(&pod.lab.pod, pod.capture.rules.marks)
+        .await
+        .unwrap();
     let ended = during.read(&mut [0; 8]).unwrap_err();
     assert_eq!(
         ended.kind(),

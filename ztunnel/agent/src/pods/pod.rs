@@ -6,10 +6,11 @@
 //!                  └─ broken: the guard stays, capture is tried again
 //! ```
 //! Invariant: the guard on the host is in place before anything in the pod is, and goes after it; the pod
-//! is captured only once its listeners work and the kernel has shown its rules.
+//! is captured only once its listeners work and the kernel has shown its rules. From outside to inside and back
+//! new connections wait for the moment that it takes (`Gate`), so that none is lost between the two.
 
 use crate::{
-    capture::{Capture, Rules},
+    capture::{Capture, Gate, Rules},
     guard::{Guard, GuardRules, Host},
     listeners::{self, Kept, ListenError},
     netns::{NetlinkError, Netns},
@@ -120,6 +121,32 @@ impl Pod {
     /// Brings the pod to `order`. It may be called at any time and does only what is missing.
     pub async fn enrol(&mut self, order: &PodOrder, node: &NodeView) -> Result<(), EnrolError> {
         let settings = node.settings.as_ref().ok_or(EnrolError::NoSettings)?;
+        // A pod that was held until now has no connections that could meet half of it.
+        let gate = if self.ran_outside && self.state != State::Captured {
+            self.shut_gate().await?
+        } else {
+            None
+        };
+        let outcome = self.take_in(order, node, settings).await;
+        outcome.and(open_gate(gate).await)
+    }
+
+    async fn shut_gate(&self) -> Result<Option<Gate>, EnrolError> {
+        match &self.netns {
+            Some(netns) => {
+                let gate = Gate::shut(netns, self.record.marks).await;
+                Ok(Some(gate.map_err(EnrolError::Rules)?))
+            }
+            None => Ok(None),
+        }
+    }
+
+    async fn take_in(
+        &mut self,
+        order: &PodOrder,
+        node: &NodeView,
+        settings: &Settings,
+    ) -> Result<(), EnrolError> {
         if self.ran_outside && self.grace_from.is_none() {
             self.grace_from = Some(Instant::now());
         }
@@ -236,25 +263,47 @@ impl Pod {
 
     /// Lets new connections pass by, keeps the open ones until `drain` is over (settled D7).
     pub async fn begin_drain(&mut self, drain: Duration) -> Result<(), EnrolError> {
+        let gate = self.shut_gate().await?;
+        let outcome = self.let_out(drain).await;
+        outcome.and(open_gate(gate).await)
+    }
+
+    async fn let_out(&mut self, drain: Duration) -> Result<(), EnrolError> {
         if let Some(guard) = self.guard.take() {
             guard.leave().await.map_err(EnrolError::Guard)?;
         }
-        let Some(capture) = &mut self.capture else {
-            self.leave();
-            return Ok(());
-        };
-        capture.drain().await.map_err(EnrolError::Rules)?;
+        if let Some(capture) = &mut self.capture {
+            capture.drain().await.map_err(EnrolError::Rules)?;
+        }
+        self.ran_outside = true;
+        self.grace_from = None;
         self.state = State::Draining {
             until: Instant::now() + drain,
         };
         Ok(())
     }
 
+    /// The pod is to be outside and nothing of this process's is in it. What an earlier agent was taking out of
+    /// the mesh has its time once more.
+    pub async fn stay_out(&mut self, drain: Duration) -> Result<(), EnrolError> {
+        self.leave();
+        if let Some(netns) = &self.netns
+            && Capture::is_left(netns).await.map_err(EnrolError::Rules)?
+        {
+            self.state = State::Draining {
+                until: Instant::now() + drain,
+            };
+        }
+        Ok(())
+    }
+
     /// Ends capture: ztunnel has closed what it had, or its time is up.
     pub async fn end_drain(&mut self) -> Result<(), EnrolError> {
-        if let Some(mut capture) = self.capture.take() {
-            capture.remove().await.map_err(EnrolError::Rules)?;
+        if let Some(netns) = &self.netns {
+            let removed = Capture::remove(netns, self.record.marks).await;
+            removed.map_err(EnrolError::Rules)?;
         }
+        self.capture = None;
         self.listeners.clear();
         self.leave();
         Ok(())
@@ -333,5 +382,12 @@ impl Pod {
 
     pub fn listener_fds(&self) -> Vec<Arc<std::os::fd::OwnedFd>> {
         self.listeners.iter().map(|kept| kept.socket.clone()).collect()
+    }
+}
+
+async fn open_gate(gate: Option<Gate>) -> Result<(), EnrolError> {
+    match gate {
+        Some(gate) => gate.open().await.map_err(EnrolError::Rules),
+        None => Ok(()),
     }
 }

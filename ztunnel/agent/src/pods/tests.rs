@@ -504,6 +504,24 @@ fn f09_a_pod_that_leaves_keeps_its_connections_until_they_had_their_time() {
 }
 
 #[test]
+fn f09_what_an_agent_was_taking_out_of_the_mesh_its_successor_takes_out() {
+    on_node(async |lab| {
+        let folder = Folder::new();
+        let mut agent = Agent::with_pod(folder.path(), lab).await;
+        agent.reported(CaptureState::Captured).await;
+        agent.enrol(false).await;
+        agent.reported(CaptureState::Draining).await;
+        drop(agent);
+        let mut agent = Agent::start(folder.path()).await;
+        agent.control().await;
+        agent.enrol(false).await;
+        agent.reported(CaptureState::Draining).await;
+        agent.reported(CaptureState::NotCaptured).await;
+        assert!(ruleset(&lab.pod)["nftables"].as_array().unwrap().len() <= 1);
+    });
+}
+
+#[test]
 fn the_older_ztunnel_drains_once_the_younger_is_ready() {
     on_node(async |lab| {
         let folder = Folder::new();
