@@ -4,7 +4,12 @@
 //! would cut what is open, and spinning would starve what is open. A pod that has its share of the node's
 //! descriptors has its newest connections reset.
 
-use crate::{connections::NoRoom, context::Context, pods::Pod};
+use crate::{
+    access::{Known, refused},
+    connections::NoRoom,
+    context::Context,
+    pods::Pod,
+};
 use culvert_io::copy::reset;
 use std::{io, net::SocketAddr, sync::Arc, time::Duration};
 use tokio::net::{TcpListener, TcpStream};
@@ -12,12 +17,14 @@ use tokio::net::{TcpListener, TcpStream};
 /// After an error such as EMFILE, which passes.
 const PAUSE: Duration = Duration::from_millis(50);
 
-/// Accepts until the pod leaves or draining begins, and hands each connection to `serve`.
+/// Accepts until the pod leaves or draining begins, and hands each connection to `serve`. Of those for which
+/// there is no room, `unserved` says what is known.
 pub async fn accept_loop<F>(
     listener: TcpListener,
     pod: Arc<Pod>,
     context: Arc<Context>,
     serve: impl Fn(Accepted, Arc<Pod>, Arc<Context>) -> F,
+    unserved: impl Fn(&Accepted, &Pod, &Context) -> Known,
 ) where
     F: Future<Output = ()> + Send + 'static,
 {
@@ -29,7 +36,8 @@ pub async fn accept_loop<F>(
             accepted = listener.accept() => match accepted.and_then(Accepted::new) {
                 Ok(accepted) => {
                     let Some(place) = context.descriptors.enter(&pod.uid) else {
-                        shed(&accepted, &pod, &context);
+                        refused(&context.metrics, &unserved(&accepted, &pod, &context), &NoRoom);
+                        reset(&accepted.socket);
                         continue;
                     };
                     let served = serve(accepted, pod.clone(), context.clone());
@@ -45,14 +53,6 @@ pub async fn accept_loop<F>(
             },
         }
     }
-}
-
-/// Resets a connection for which there is no room.
-fn shed(accepted: &Accepted, pod: &Pod, context: &Context) {
-    reset(&accepted.socket);
-    context.metrics.refused.with_label_values(&["any", "limit"]).inc();
-    tracing::warn!(target: "access", { src.addr = %accepted.peer, dst.addr = %accepted.local,
-        pod = %pod.name, error = %NoRoom }, "connection failed");
 }
 
 /// An accepted connection, its addresses in their own family.

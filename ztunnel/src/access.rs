@@ -7,8 +7,9 @@
 use crate::metrics::{Ends, Flag, Metrics, Party, Reporter};
 use culvert_core::{
     hbone::{Baggage, Traceparent},
-    ids::{PolicyKey, ServiceKey, SpiffeId},
+    ids::{NetworkAddress, PolicyKey, ServiceKey, SpiffeId, WorkloadUid},
     mesh::{Service, Workload},
+    snapshot::Snapshot,
 };
 use culvert_io::copy::{Fault, Flow};
 use std::{
@@ -76,6 +77,18 @@ impl Known {
             destination_identity: None,
             service: None,
             trace: None,
+        }
+    }
+
+    /// Fills in the workloads at both ends of what has arrived in a pod, as far as discovery knows them.
+    pub fn between(&mut self, snapshot: &Snapshot, own: &WorkloadUid) {
+        self.destination = snapshot.workload(own).cloned();
+        if let Some(own) = &self.destination {
+            let address = NetworkAddress {
+                network: own.network.clone(),
+                ip: self.source_address.ip(),
+            };
+            self.source = snapshot.workload_at(&address).cloned();
         }
     }
 

@@ -1,15 +1,16 @@
 //! The connections open now, of one pod.
 //!
 //! Invariant: a connection is listed for exactly as long as it lives. Dropping its [`Open`] takes it off
-//! the list and, if it had opened, writes its closing record, so cancellation counts too.
+//! the list and, if it had opened, writes its closing record, so cancellation counts too. Who waits to be
+//! carried has a seat already, and as many seats are all that a pod has.
 
 use crate::{
-    access::{self, Cut, Known},
+    access::{self, Cut, Known, Refusing},
     metrics::{Ends, Flag, Metrics, OpenSockets, Reporter},
 };
 use culvert_core::{
     hbone::Authority,
-    ids::{ServiceKey, SpiffeId, WorkloadUid},
+    ids::{PolicyKey, ServiceKey, SpiffeId, WorkloadUid},
 };
 use culvert_io::copy::{Fault, Flow};
 use parking_lot::Mutex;
@@ -18,7 +19,7 @@ use std::{
     net::{IpAddr, SocketAddr},
     sync::{
         Arc, OnceLock,
-        atomic::{AtomicU64, Ordering},
+        atomic::{AtomicU64, AtomicUsize, Ordering},
     },
     time::Instant,
 };
@@ -119,13 +120,23 @@ impl Connection {
 /// The open connections of a pod, bounded.
 pub struct Connections {
     limit: usize,
+    seats: AtomicUsize,
     next: AtomicU64,
     open: Mutex<HashMap<u64, Arc<Connection>>>,
 }
 
+/// The place of one connection, open or waiting, until dropped.
+pub struct Seat<'c>(&'c Connections);
+
+impl Drop for Seat<'_> {
+    fn drop(&mut self) {
+        self.0.seats.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
 /// The pod has as many connections as it may.
 #[derive(Debug, thiserror::Error)]
-#[error("the workload has {0} connections open, its limit")]
+#[error("the workload has {0} connections open or waiting, its limit")]
 pub struct AtLimit(usize);
 
 /// The workload has its share of what the node has for connections.
@@ -133,17 +144,53 @@ pub struct AtLimit(usize);
 #[error("the workload has its share of this node's descriptors")]
 pub struct NoRoom;
 
+/// Neither says anything of a peer or a rule.
+macro_rules! no_room {
+    ($($error:ty),*) => {$(
+        impl Refusing for $error {
+            fn reason(&self) -> &'static str {
+                "limit"
+            }
+
+            fn policy(&self) -> Option<&PolicyKey> {
+                None
+            }
+
+            fn flag(&self) -> Flag {
+                Flag::Connect
+            }
+        }
+    )*};
+}
+
+no_room!(AtLimit, NoRoom);
+
 impl Connections {
     pub fn new(limit: usize) -> Self {
         Self {
             limit,
+            seats: AtomicUsize::new(0),
             next: AtomicU64::new(0),
             open: Mutex::default(),
         }
     }
 
-    /// Lists a connection; from now on it can be cut.
-    pub fn open<'c>(&'c self, facts: Facts, known: &Known, metrics: &Metrics) -> Result<Open<'c>, AtLimit> {
+    /// A place for one more connection, before anything is done for it.
+    pub fn enter(&self) -> Result<Seat<'_>, AtLimit> {
+        let more = |seats| (seats < self.limit).then_some(seats + 1);
+        self.seats
+            .fetch_update(Ordering::Relaxed, Ordering::Relaxed, more)
+            .map_err(|_| AtLimit(self.limit))?;
+        Ok(Seat(self))
+    }
+
+    /// Connections that are open or wait.
+    pub fn held(&self) -> usize {
+        self.seats.load(Ordering::Relaxed)
+    }
+
+    /// Lists a connection that has a seat; from now on it can be cut.
+    pub fn open<'c>(&'c self, facts: Facts, known: &Known, metrics: &Metrics) -> Open<'c> {
         let id = self.next.fetch_add(1, Ordering::Relaxed);
         let (reporter, sockets) = (facts.way.reporter(), facts.way.sockets());
         let connection = Arc::new(Connection {
@@ -155,21 +202,15 @@ impl Connections {
             told: Mutex::default(),
             cut: OnceLock::new(),
         });
-        {
-            let mut open = self.open.lock();
-            if open.len() >= self.limit {
-                return Err(AtLimit(self.limit));
-            }
-            open.insert(id, connection.clone());
-        }
-        Ok(Open {
+        self.open.lock().insert(id, connection.clone());
+        Open {
             all: self,
             id,
             connection,
             _gauge: metrics.open(reporter, sockets),
             has_opened: false,
             fault: None,
-        })
+        }
     }
 
     pub fn count(&self) -> usize {

@@ -387,13 +387,33 @@ async fn listen(
     listener.set_nonblocking(true)?;
     let listener = TcpListener::from_std(listener)?;
     match kind {
-        Listener::Outbound => accept_loop(listener, pod, context, outbound::capture::serve).await,
-        Listener::InboundPlaintext => accept_loop(listener, pod, context, passthrough::serve).await,
-        Listener::InboundHbone => accept_loop(listener, pod, context, inbound::accept::serve).await,
+        Listener::Outbound => {
+            accept_loop(
+                listener,
+                pod,
+                context,
+                outbound::capture::serve,
+                outbound::capture::unserved,
+            )
+            .await
+        }
+        Listener::InboundPlaintext => {
+            accept_loop(listener, pod, context, passthrough::serve, passthrough::unserved).await
+        }
+        Listener::InboundHbone => {
+            accept_loop(
+                listener,
+                pod,
+                context,
+                inbound::accept::serve,
+                inbound::accept::unserved,
+            )
+            .await
+        }
         Listener::DnsTcp => {
             let resolver = resolver.ok_or_else(no_resolver)?;
             let serve = move |accepted, pod, context| dns::serve_tcp(accepted, resolver, pod, context);
-            accept_loop(listener, pod, context, serve).await;
+            accept_loop(listener, pod, context, serve, outbound::capture::unserved).await;
         }
         Listener::DnsUdp => {}
     }

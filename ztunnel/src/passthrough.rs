@@ -8,7 +8,7 @@
 use crate::{
     accept::Accepted,
     access::{Known, Refusing, refused},
-    connections::{AtLimit, Facts, NoRoom, Way},
+    connections::{Facts, NoRoom, Way},
     context::Context,
     inbound::{
         accept::{known_peer, service_of},
@@ -35,8 +35,6 @@ enum PlaintextError {
     #[error(transparent)]
     Deliver(#[from] DeliverError),
     #[error(transparent)]
-    Limit(#[from] AtLimit),
-    #[error(transparent)]
     NoRoom(#[from] NoRoom),
 }
 
@@ -46,7 +44,7 @@ impl Refusing for PlaintextError {
             Self::NotRedirected => "not_redirected",
             Self::Refused(refusal) => refusal.reason(),
             Self::Deliver(_) => "application",
-            Self::Limit(_) | Self::NoRoom(_) => "limit",
+            Self::NoRoom(_) => "limit",
         }
     }
 
@@ -67,18 +65,39 @@ impl Refusing for PlaintextError {
 
 /// Carries one plaintext connection to its end.
 pub async fn serve(accepted: Accepted, pod: Arc<Pod>, context: Arc<Context>) {
-    let (peer, destination) = (accepted.peer, accepted.original_destination());
-    let mut known = Known::new(Reporter::Destination, peer, destination);
-    known.destination_identity = Some(pod.identity().clone());
-    known.trace = Some(Traceparent::new(rand::random(), rand::random()));
+    let _seat = match pod.connections.enter() {
+        Ok(seat) => seat,
+        Err(limit) => {
+            refused(&context.metrics, &unserved(&accepted, &pod, &context), &limit);
+            return reset(&accepted.socket);
+        }
+    };
+    let mut known = arrived(&accepted, &pod);
     let mut socket = Some(accepted.socket);
     let Err(error) = carry(&mut socket, &mut known, &pod, &context).await else {
         return;
     };
+    // The record first: whoever sees the reset finds it.
+    refused(&context.metrics, &known, &error);
     if let Some(socket) = socket {
         reset(&socket);
     }
-    refused(&context.metrics, &known, &error);
+}
+
+/// What is known of an arriving connection before anything is decided.
+fn arrived(accepted: &Accepted, pod: &Pod) -> Known {
+    let destination = accepted.original_destination();
+    let mut known = Known::new(Reporter::Destination, accepted.peer, destination);
+    known.destination_identity = Some(pod.identity().clone());
+    known.trace = Some(Traceparent::new(rand::random(), rand::random()));
+    known
+}
+
+/// What can be said of one that is not served at all.
+pub fn unserved(accepted: &Accepted, pod: &Pod, context: &Context) -> Known {
+    let mut known = arrived(accepted, pod);
+    known.between(&context.discovery.snapshot(), &pod.workload_uid);
+    known
 }
 
 async fn carry(
@@ -119,7 +138,7 @@ async fn carry(
         destination,
         way: Way::InboundPlaintext,
     };
-    let mut open = pod.connections.open(facts, known, metrics)?;
+    let mut open = pod.connections.open(facts, known, metrics);
     let started = Instant::now();
     let _descriptor = context.descriptors.enter(&pod.uid).ok_or(NoRoom)?;
     let application = deliver(pod, &permit, peer.ip()).await?;

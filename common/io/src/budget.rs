@@ -87,6 +87,11 @@ impl Account {
         self.used.load(Ordering::Relaxed) <= self.budget.free().max(FLOOR)
     }
 
+    /// Whether one more stream may begin: those of the tunnel hold at most half of what it may buffer.
+    pub fn may_begin(&self) -> bool {
+        self.used.load(Ordering::Relaxed) <= (self.budget.free() / 2).max(FLOOR)
+    }
+
     /// Whether there is so little room left that nothing more shall be promised.
     pub fn is_pressed(&self) -> bool {
         self.used.load(Ordering::Relaxed) > self.budget.free() / 2 || self.budget.used() > self.budget.free()
@@ -169,10 +174,24 @@ mod tests {
     fn work_goes_on_when_all_is_taken() {
         let all = Buffers::new(0);
         let tunnel = Account::new(&Budget::new(&all));
-        assert!(tunnel.has_room() && !tunnel.is_pressed());
+        assert!(tunnel.has_room() && tunnel.may_begin() && !tunnel.is_pressed());
         let mut charge = Charge::new(&tunnel, FLOOR + 1);
-        assert!(!tunnel.has_room() && tunnel.is_pressed());
+        assert!(!tunnel.has_room() && !tunnel.may_begin() && tunnel.is_pressed());
         charge.set(FLOOR);
-        assert!(tunnel.has_room());
+        assert!(tunnel.has_room() && tunnel.may_begin());
+    }
+
+    #[test]
+    fn f30_a_tunnel_takes_no_new_stream_while_its_own_buffer_and_others_do() {
+        let all = Buffers::new(100 * FLOOR);
+        let budget = Budget::new(&all);
+        let (slow, quick) = (Account::new(&budget), Account::new(&budget));
+        let mut held = Charge::new(&slow, 20 * FLOOR);
+        assert!(slow.may_begin(), "a fifth of what there is");
+        held.set(30 * FLOOR);
+        assert!(!slow.may_begin() && slow.has_room(), "what is open goes on");
+        assert!(quick.may_begin(), "another tunnel of the same workload");
+        drop(held);
+        assert!(slow.may_begin());
     }
 }

@@ -18,6 +18,7 @@ pub const END_STREAM: u8 = 1;
 pub const END_HEADERS: u8 = 4;
 
 pub const CANCEL: u32 = 8;
+pub const REFUSED_STREAM: u32 = 7;
 
 /// One frame, its payload as it is given.
 pub fn frame(kind: u8, flags: u8, stream: u32, payload: &[u8]) -> Vec<u8> {

@@ -479,6 +479,10 @@ fn f30_readers_that_do_not_read_hold_no_more_than_their_share() {
         thread::sleep(Duration::from_millis(100));
         peak = peak.max(resident(&shop.b));
     }
+    // A tunnel whose streams hold their share gets no further ones; its peer may try on another.
+    let answer = held[1].connect(2 * streams as u32 + 1, &format!("{cart}:7070"));
+    assert_eq!(answer, Answer::Reset(frames::REFUSED_STREAM));
+    assert!(!siege.logged("buffer all that they may").is_empty());
     honest.stop("beside readers that do not read");
     // What waits, and as much again for the frames, sockets and tasks around it.
     let bound = base + 2 * (BUFFERED >> 10) + (24 << 10);

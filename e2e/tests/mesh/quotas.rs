@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 use culvert_e2e::lab::{Endpoint, Limits, Pod, PodSpec, poll_until};
 use culvert_e2e::load::{Attempts, Pace, Streams, all_complete, percentile};
 use culvert_e2e::mesh::{MeshNode, Options};
+use culvert_e2e::oracles::records::{Record, records};
 use culvert_e2e::traffic::{Server, echo_once, send_pattern};
 
 use crate::{Shop, WAIT, full_length};
@@ -70,6 +71,14 @@ fn open(from: &Endpoint, to: SocketAddr, count: usize) -> Vec<TcpStream> {
         .collect()
 }
 
+/// Records of what was refused for one reason.
+fn refusals(shop: &Shop, reason: &str) -> Vec<Record> {
+    let all = records(&shop.mesh).unwrap();
+    all.into_iter()
+        .filter(|record| record.is("reason", reason))
+        .collect()
+}
+
 fn works(from: &Endpoint, to: SocketAddr) -> anyhow::Result<()> {
     let socket = from.connect_within(to, Duration::from_secs(5))?;
     socket.set_read_timeout(Some(Duration::from_secs(5)))?;
@@ -85,7 +94,7 @@ fn f32_a_pod_that_takes_all_descriptors_leaves_others_theirs() {
     let bank = Bank::open(&shop);
     let _cart = Server::echo(shop.cart.listen(8080).unwrap()).unwrap();
     let _vault = Server::echo(bank.vault.listen(8080).unwrap()).unwrap();
-    let to = SocketAddr::from((shop.vip.v4, 80));
+    let to = SocketAddr::from((shop.cart.addresses().v4, 8080));
     let kept = open(&shop.web, to, 400);
     assert!(
         (20..300).contains(&kept.len()),
@@ -104,6 +113,16 @@ fn f32_a_pod_that_takes_all_descriptors_leaves_others_theirs() {
         refused(&shop.a) + refused(&shop.b) >= 50.0,
         "what was too much was counted"
     );
+    let told = refusals(&shop, "limit");
+    assert!(told.len() >= 50, "{} are on record", told.len());
+    for record in told {
+        let told = ["direction", "src.identity", "dst.identity"].map(|name| record.field(name));
+        assert!(
+            told.iter()
+                .all(|field| field.is_some_and(|value| value != "unknown")),
+            "{record:?}"
+        );
+    }
     // The other tenant does not notice, and nobody spins.
     let before = [used(&shop.a), used(&shop.b)];
     let others = Attempts::start(&bank.teller, bank.to_vault(), 10, PATIENCE).unwrap();
@@ -119,6 +138,42 @@ fn f32_a_pod_that_takes_all_descriptors_leaves_others_theirs() {
         alive(node);
     }
     drop(kept);
+    poll_until("there is room again", WAIT, || works(&shop.web, to).map(Some)).unwrap();
+}
+
+#[test]
+fn tr8_connections_that_wait_are_among_those_that_a_pod_may_have() {
+    const MOST: usize = 20;
+    let shop = Shop::open_with(Options {
+        ztunnel_args: vec!["--max-connections".to_owned(), MOST.to_string()],
+        ..Options::default()
+    });
+    let _cart = Server::echo(shop.cart.listen(8080).unwrap()).unwrap();
+    let to = SocketAddr::from((shop.cart.addresses().v4, 8080));
+    works(&shop.web, to).unwrap();
+    let used = || {
+        let page = shop.a.metrics()?;
+        anyhow::Ok(page.sum("culvert_quota_used", &[("quota", "connections"), ("pod", "web")]))
+    };
+    poll_until("nothing is open", WAIT, || Ok((used()? == 0.0).then_some(()))).unwrap();
+    // Its peer's ztunnel says nothing for a while: no stream comes up.
+    shop.b.with_ztunnel(|ztunnel| ztunnel.pause()).unwrap().unwrap();
+    // A refusal may be seen before connect has returned.
+    let sockets: Vec<TcpStream> = (0..2 * MOST)
+        .filter_map(|_| shop.web.connect_within(to, WAIT).ok())
+        .collect();
+    let refused = poll_until("the rest is refused", WAIT, || {
+        Ok(Some(refusals(&shop, "limit").len()).filter(|count| *count >= MOST))
+    });
+    let used = used().unwrap();
+    shop.b.with_ztunnel(|ztunnel| ztunnel.resume()).unwrap().unwrap();
+    assert_eq!((refused.unwrap(), used), (MOST, MOST as f64));
+    let carried = sockets.iter().filter(|socket| {
+        socket.set_read_timeout(Some(WAIT)).unwrap();
+        echo_once(socket, b"there?").is_ok()
+    });
+    assert_eq!(carried.count(), MOST, "who has waited is carried");
+    drop(sockets);
     poll_until("there is room again", WAIT, || works(&shop.web, to).map(Some)).unwrap();
 }
 

@@ -86,7 +86,8 @@ fn o4_every_connection_and_every_refusal_leaves_its_record_at_both_ends() {
         all.rfind(|record| record["message"] == message)
     };
     let completed = poll_until("both ends have closed", WAIT, || {
-        Ok(last(&shop.a, "connection complete").zip(last(&shop.b, "connection complete")))
+        let ends = last(&shop.a, "connection complete").zip(last(&shop.b, "connection complete"));
+        Ok(ends.filter(|(source, destination)| source["trace_id"] == destination["trace_id"]))
     });
     let (at_source, at_destination) = completed.unwrap();
     let trace = at_source["trace_id"].as_str().unwrap().to_owned();

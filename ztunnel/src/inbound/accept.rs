@@ -8,7 +8,7 @@ use super::{
 use crate::{
     accept::Accepted,
     access::{Known, Refusing, Served, refused},
-    connections::{AtLimit, Facts, NoRoom, Open, Way},
+    connections::{AtLimit, Facts, NoRoom, Open, Seat, Way},
     context::{Context, IDENTITY_PATIENCE},
     metrics::{Flag, Reporter},
     pods::Pod,
@@ -47,6 +47,8 @@ pub enum StreamError {
     Limit(#[from] AtLimit),
     #[error(transparent)]
     NoRoom(#[from] NoRoom),
+    #[error("streams of its tunnel buffer all that they may")]
+    Buffers,
     #[error("the peer has given it up")]
     Abandoned,
 }
@@ -56,7 +58,7 @@ impl StreamError {
         match self {
             Self::Connect(error) => error.status(),
             Self::Refused(refusal) => refusal.status(),
-            Self::Deliver(_) | Self::Limit(_) | Self::NoRoom(_) | Self::Abandoned => {
+            Self::Deliver(_) | Self::Limit(_) | Self::NoRoom(_) | Self::Buffers | Self::Abandoned => {
                 StatusCode::SERVICE_UNAVAILABLE
             }
         }
@@ -69,7 +71,7 @@ impl Refusing for StreamError {
             Self::Connect(_) => "bad_request",
             Self::Refused(refusal) => refusal.reason(),
             Self::Deliver(_) => "application",
-            Self::Limit(_) | Self::NoRoom(_) => "limit",
+            Self::Limit(_) | Self::NoRoom(_) | Self::Buffers => "limit",
             Self::Abandoned => "abandoned",
         }
     }
@@ -167,17 +169,14 @@ pub async fn serve(accepted: Accepted, pod: Arc<Pod>, context: Arc<Context>) {
 /// What is known of a connection to the tunnel's port before its peer has proved who it is.
 fn tunnel_of(peer: SocketAddr, local: SocketAddr, pod: &Pod, context: &Context) -> Known {
     let mut known = Known::new(Reporter::Destination, peer, Some(local));
-    let snapshot = context.discovery.snapshot();
-    known.destination = snapshot.workload(&pod.workload_uid).cloned();
     known.destination_identity = Some(pod.identity().clone());
-    if let Some(own) = &known.destination {
-        let address = NetworkAddress {
-            network: own.network.clone(),
-            ip: peer.ip(),
-        };
-        known.source = snapshot.workload_at(&address).cloned();
-    }
+    known.between(&context.discovery.snapshot(), &pod.workload_uid);
     known
+}
+
+/// What can be said of a connection that is not served at all.
+pub fn unserved(accepted: &Accepted, pod: &Pod, context: &Context) -> Known {
+    tunnel_of(accepted.peer, accepted.local, pod, context)
 }
 
 async fn handshake(
@@ -261,6 +260,7 @@ struct Carried<'p> {
     application: TcpStream,
     stream: hbone::Stream,
     open: Open<'p>,
+    seat: Seat<'p>,
     /// For the application's socket.
     descriptor: Place<PodUid>,
 }
@@ -286,6 +286,7 @@ impl Stream {
             application,
             stream,
             open,
+            seat: _seat,
             descriptor: _held,
         }) = brought_up
         else {
@@ -312,10 +313,14 @@ impl Stream {
             Ok(carried) => return carried,
             Err(error) => error,
         };
-        if let Some(responder) = responder {
-            responder.refuse(error.status());
-        }
+        // The record first: whoever sees the answer finds it.
         refused(&context.metrics, &known, &error);
+        match (responder, &error) {
+            // Another tunnel of the same peer may have room.
+            (Some(responder), StreamError::Buffers) => responder.decline(),
+            (Some(responder), _) => responder.refuse(error.status()),
+            (None, _) => {}
+        }
         None
     }
 
@@ -327,7 +332,12 @@ impl Stream {
         pod: &'p Pod,
         context: &Context,
     ) -> Result<Option<Carried<'p>>, StreamError> {
+        known.between(&context.discovery.snapshot(), &pod.workload_uid);
         let connect = asked?;
+        let seat = pod.connections.enter()?;
+        if responder.as_ref().is_some_and(|responder| !responder.has_room()) {
+            return Err(StreamError::Buffers);
+        }
         let client = self.peer.ip();
         known.trace = connect
             .traceparent
@@ -374,7 +384,7 @@ impl Stream {
                 accepted_ip: self.local.ip(),
             },
         };
-        let mut open = pod.connections.open(facts, known, metrics)?;
+        let mut open = pod.connections.open(facts, known, metrics);
         let started = Instant::now();
         let descriptor = context.descriptors.enter(&pod.uid).ok_or(NoRoom)?;
         let given_up = async {
@@ -400,6 +410,7 @@ impl Stream {
                 application,
                 stream,
                 open,
+                seat,
                 descriptor,
             })),
             Err(error) => {

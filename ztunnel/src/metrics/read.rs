@@ -140,7 +140,7 @@ fn quotas(page: &mut Page, context: &Context, pods: &[Arc<Pod>]) {
     for pod in pods.iter().take(MOST) {
         let pending = limits.pending.saturating_sub(pod.pending.available_permits());
         let mut show = |quota, used: usize| family.sample(&[&pod.namespace, &pod.name, quota], used as f64);
-        show("connections", pod.connections.count());
+        show("connections", pod.connections.held());
         show("pending", pending);
         show("handshakes", pod.handshakes.held());
         show("tunnels", pod.accepted.held());

@@ -8,7 +8,7 @@ use super::{
 use crate::{
     accept::Accepted,
     access::{Known, Refusing, Served, refused},
-    connections::{AtLimit, Facts, NoRoom, Open, Way},
+    connections::{Facts, NoRoom, Open, Seat, Way},
     context::{CONNECT_DEADLINE, Context},
     metrics::{Flag, Reporter},
     node_protocol::DeclareError,
@@ -57,8 +57,6 @@ enum CaptureError {
     #[error(transparent)]
     Tunnel(#[from] TunnelError),
     #[error(transparent)]
-    Limit(#[from] AtLimit),
-    #[error(transparent)]
     NoRoom(#[from] NoRoom),
     #[error(transparent)]
     Declare(#[from] DeclareError),
@@ -77,7 +75,7 @@ impl Refusing for CaptureError {
             Self::UnknownPod => "unknown_pod",
             Self::Refused(refusal) => refusal.reason(),
             Self::Tunnel(error) => error.reason(),
-            Self::Limit(_) | Self::NoRoom(_) => "limit",
+            Self::NoRoom(_) => "limit",
             Self::Declare(_) => "guard",
             Self::NoSocket => "no_socket",
             Self::Connect(_) => "connect",
@@ -120,15 +118,15 @@ enum To {
 pub async fn serve(accepted: Accepted, pod: Arc<Pod>, context: Arc<Context>) {
     // In a box of its own: what bringing it up takes is gone once it is up, however long it then lasts.
     let brought_up = Box::pin(bring_up(accepted, &pod, &context)).await;
-    let Some(Carried {
+    let Some((carried, _seat)) = brought_up else {
+        return;
+    };
+    let Carried {
         socket,
         to,
         mut open,
         descriptor,
-    }) = brought_up
-    else {
-        return;
-    };
+    } = carried;
     open.opened();
     let outcome = match to {
         To::Tunnel(stream) => relay(socket, stream, &open.connection.flow, Initiator::Socket).await,
@@ -138,21 +136,52 @@ pub async fn serve(accepted: Accepted, pod: Arc<Pod>, context: Arc<Context>) {
     drop(descriptor);
 }
 
-/// Brings the connection up, or refuses it.
-async fn bring_up<'p>(accepted: Accepted, pod: &'p Arc<Pod>, context: &Arc<Context>) -> Option<Carried<'p>> {
-    let (source, destination) = (accepted.peer, accepted.original_destination());
-    let mut known = Known::new(Reporter::Source, source, destination);
+/// What is known of a captured connection before anything is decided.
+fn captured(accepted: &Accepted, pod: &Pod) -> Known {
+    let mut known = Known::new(Reporter::Source, accepted.peer, accepted.original_destination());
     known.source_identity = Some(pod.identity().clone());
     known.trace = Some(Traceparent::new(rand::random(), rand::random()));
+    known
+}
+
+/// What can be said of one that is not served at all.
+pub fn unserved(accepted: &Accepted, pod: &Pod, context: &Context) -> Known {
+    let mut known = captured(accepted, pod);
+    let snapshot = context.discovery.snapshot();
+    known.source = snapshot.workload(&pod.workload_uid).cloned();
+    if let (Some(own), Some(destination)) = (known.source.clone(), known.destination_address) {
+        // Asking is not for those who are turned away: what is known already is said.
+        let undecided = Route::Refuse(Refusal::Unanswered(destination.ip()));
+        meet(&mut known, &snapshot, &own, destination, &undecided, None);
+    }
+    known
+}
+
+/// Brings the connection up, or refuses it.
+async fn bring_up<'p>(
+    accepted: Accepted,
+    pod: &'p Arc<Pod>,
+    context: &Arc<Context>,
+) -> Option<(Carried<'p>, Seat<'p>)> {
+    let seat = match pod.connections.enter() {
+        Ok(seat) => seat,
+        Err(limit) => {
+            refused(&context.metrics, &unserved(&accepted, pod, context), &limit);
+            reset(&accepted.socket);
+            return None;
+        }
+    };
+    let mut known = captured(&accepted, pod);
     let mut socket = Some(accepted.socket);
     let error = match carry(&mut socket, &mut known, pod, context).await {
-        Ok(carried) => return carried,
+        Ok(carried) => return carried.map(|carried| (carried, seat)),
         Err(error) => error,
     };
+    // The record first: whoever sees the reset finds it.
+    refused(&context.metrics, &known, &error);
     if let Some(socket) = socket {
         reset(&socket);
     }
-    refused(&context.metrics, &known, &error);
     None
 }
 
@@ -347,7 +376,7 @@ async fn through_tunnel<'p>(
     if let Some(service) = &hop.service {
         pod.sessions.used(service, &hop.endpoint.uid);
     }
-    let open = pod.connections.open(facts, known, &context.metrics)?;
+    let open = pod.connections.open(facts, known, &context.metrics);
     context
         .metrics
         .admitted(Reporter::Source, hop.policy.as_ref(), hop.would_deny.as_ref());
@@ -378,7 +407,7 @@ async fn directly<'p>(
             target: direct.address,
         },
     };
-    let open = pod.connections.open(facts, known, &context.metrics)?;
+    let open = pod.connections.open(facts, known, &context.metrics);
     context.metrics.admitted(
         Reporter::Source,
         direct.policy.as_ref(),

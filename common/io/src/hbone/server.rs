@@ -241,6 +241,16 @@ impl Responder {
         let _ = std::future::poll_fn(|cx| self.respond.poll_reset(cx)).await;
     }
 
+    /// Whether the tunnel's streams buffer so little that one more may begin.
+    pub fn has_room(&self) -> bool {
+        self.counted.may_begin()
+    }
+
+    /// Lets the peer try on another tunnel: nothing has been done for it here (RFC 9113 §8.7).
+    pub fn decline(mut self) {
+        self.respond.send_reset(Reason::REFUSED_STREAM);
+    }
+
     /// Answers with an error and nothing else: no body, no reason.
     pub fn refuse(mut self, status: StatusCode) {
         let mut response = Response::new(());

@@ -170,6 +170,10 @@ impl Counted {
         self.shared.account.has_room()
     }
 
+    pub fn may_begin(&self) -> bool {
+        self.shared.account.may_begin()
+    }
+
     /// The chunk, charged to its workload until it has left.
     pub fn charged(&self, chunk: Bytes) -> Bytes {
         if chunk.is_empty() {
