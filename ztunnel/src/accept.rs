@@ -11,6 +11,7 @@ use crate::{
     pods::Pod,
 };
 use culvert_io::copy::reset;
+use socket2::SockRef;
 use std::{io, net::SocketAddr, sync::Arc, time::Duration};
 use tokio::net::{TcpListener, TcpStream};
 
@@ -23,7 +24,7 @@ pub async fn accept_loop<F>(
     listener: TcpListener,
     pod: Arc<Pod>,
     context: Arc<Context>,
-    serve: impl Fn(Accepted, Arc<Pod>, Arc<Context>) -> F,
+    serve: impl Fn(Accepted, Arc<Pod>, Arc<Context>) -> F + Copy + Send + 'static,
     unserved: impl Fn(&Accepted, &Pod, &Context) -> Known,
 ) where
     F: Future<Output = ()> + Send + 'static,
@@ -40,11 +41,18 @@ pub async fn accept_loop<F>(
                         reset(&accepted.socket);
                         continue;
                     };
-                    let served = serve(accepted, pod.clone(), context.clone());
-                    tokio::spawn(Box::pin(async move {
-                        served.await;
+                    let (of, shared) = (pod.clone(), context.clone());
+                    let start = move |accepted| Box::pin(async move {
+                        serve(accepted, of, shared).await;
                         drop(place);
-                    }));
+                    });
+                    match context.workers.elsewhere() {
+                        None => drop(tokio::spawn(start(accepted))),
+                        Some(worker) => match accepted.leave() {
+                            Ok(leaving) => drop(worker.spawn(Box::pin(arrive(leaving, start)))),
+                            Err(error) => unmoved(&error),
+                        },
+                    }
                 }
                 Err(error) => {
                     tracing::warn!(pod = %pod.name, %error, "accept failed; pausing");
@@ -55,7 +63,19 @@ pub async fn accept_loop<F>(
     }
 }
 
-/// An accepted connection, its addresses in their own family.
+/// Takes up a connection that another worker has accepted.
+async fn arrive<F: Future<Output = ()>>(leaving: Leaving, start: impl FnOnce(Accepted) -> F) {
+    match leaving.arrive() {
+        Ok(accepted) => start(accepted).await,
+        Err(error) => unmoved(&error),
+    }
+}
+
+fn unmoved(error: &io::Error) {
+    tracing::warn!(%error, "a connection could not be given to another worker; it is reset");
+}
+
+// An accepted connection, its addresses in their own family.
 pub struct Accepted {
     pub socket: TcpStream,
     pub peer: SocketAddr,
@@ -66,7 +86,7 @@ impl Accepted {
     fn new((socket, peer): (TcpStream, SocketAddr)) -> io::Result<Self> {
         socket.set_nodelay(true)?;
         // An urgent byte is a byte (RFC 6093 §3): without this the relay would lose it.
-        socket2::SockRef::from(&socket).set_out_of_band_inline(true)?;
+        SockRef::from(&socket).set_out_of_band_inline(true)?;
         let local = canonical(socket.local_addr()?);
         Ok(Self {
             socket,
@@ -75,15 +95,45 @@ impl Accepted {
         })
     }
 
+    /// Leaves this worker.
+    fn leave(self) -> io::Result<Leaving> {
+        SockRef::from(&self.socket).set_linger(Some(Duration::ZERO))?;
+        Ok(Leaving {
+            socket: self.socket.into_std()?,
+            peer: self.peer,
+            local: self.local,
+        })
+    }
+
     /// Where a redirected connection was going; none if it was not redirected.
     pub fn original_destination(&self) -> Option<SocketAddr> {
-        let socket = socket2::SockRef::from(&self.socket);
+        let socket = SockRef::from(&self.socket);
         let original = match self.local {
             SocketAddr::V4(_) => socket.original_dst_v4(),
             SocketAddr::V6(_) => socket.original_dst_v6(),
         };
         let original = canonical(original.ok()?.as_socket()?);
         (original != self.local).then_some(original)
+    }
+}
+
+/// A connection on its way to another worker: closed on the way, it is reset.
+struct Leaving {
+    socket: std::net::TcpStream,
+    peer: SocketAddr,
+    local: SocketAddr,
+}
+
+impl Leaving {
+    /// On the worker that takes it up.
+    fn arrive(self) -> io::Result<Accepted> {
+        let socket = TcpStream::from_std(self.socket)?;
+        SockRef::from(&socket).set_linger(None)?;
+        Ok(Accepted {
+            socket,
+            peer: self.peer,
+            local: self.local,
+        })
     }
 }
 

@@ -2,6 +2,7 @@
 
 use crate::{
     metrics::Metrics, node_protocol::Declarations, outbound::balance::Failing, pods::Pods, room::Room,
+    workers::Workers,
 };
 use culvert_core::ids::PodUid;
 use culvert_io::{budget::Buffers, identity::Identities, log::Log, xds::Discovery};
@@ -18,6 +19,7 @@ pub struct Context {
     pub discovery: Discovery,
     pub identities: Identities,
     pub pods: Pods,
+    pub workers: Workers,
     pub metrics: Metrics,
     pub agent: AgentReport,
     pub log: Log,

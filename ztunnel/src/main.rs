@@ -109,6 +109,7 @@ async fn run(
         discovery,
         identities,
         pods: pods::Pods::default(),
+        workers,
         metrics,
         agent: context::AgentReport::default(),
         log,
@@ -139,7 +140,6 @@ async fn run(
     let node = node_protocol::Node {
         path: config.agent_socket.clone(),
         context: context.clone(),
-        workers,
         outgoing,
         sender,
         held: HashMap::new(),
@@ -147,6 +147,8 @@ async fn run(
     tokio::spawn(workers::keep_house());
     tokio::spawn(client);
     tokio::spawn(node.run());
+    let looking = context.clone();
+    tokio::spawn(async move { looking.workers.look().await });
     tokio::spawn(recheck::run(context.clone()));
     tokio::spawn(outbound::tunnel::sweep(context.clone()));
     tokio::spawn(forget_idle_series(context.clone()));

@@ -13,7 +13,6 @@ use crate::{
     dns, inbound, outbound, passthrough,
     pods::{Introduction, Pod},
     sockets::Sockets,
-    workers::Workers,
 };
 use culvert_core::ids::PodUid;
 use culvert_io::{
@@ -153,7 +152,6 @@ pub fn requests() -> (
 pub struct Node {
     pub path: PathBuf,
     pub context: Arc<Context>,
-    pub workers: Workers,
     pub outgoing: mpsc::UnboundedReceiver<FromZtunnel>,
     pub sender: mpsc::UnboundedSender<FromZtunnel>,
     /// Copies of the listeners held, to give back to an agent that has lost them.
@@ -340,9 +338,9 @@ impl Node {
         self.held.insert(uid, (served.netns_cookie, listeners));
     }
 
-    /// Accepts on all of a pod's listeners, on one worker, from when the first snapshot is there.
+    /// Accepts on all of a pod's listeners, on the pod's own worker, from when the first snapshot is there.
     fn serve(&self, pod: &Arc<Pod>, listeners: &[(ListenerFd, OwnedFd)]) {
-        let worker = self.workers.assign();
+        let worker = self.context.workers.assign();
         for (what, fd) in listeners {
             let Ok(kind) = Listener::try_from(what.kind) else {
                 continue;

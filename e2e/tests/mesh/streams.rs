@@ -1,10 +1,13 @@
 //! TCP through the mesh is TCP: long, many, half-closed, silent, either end first.
 
+use std::collections::BTreeMap;
+use std::fs;
 use std::io::{BufRead, BufReader, ErrorKind, Read, Write};
-use std::net::{Shutdown, TcpStream};
+use std::net::{Shutdown, SocketAddr, TcpStream};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use culvert_e2e::mesh::{MeshNode, Options};
 use culvert_e2e::traffic::{Server, echo_once, send_pattern};
 use socket2::SockRef;
 
@@ -26,6 +29,61 @@ fn a_gibibyte_arrives_as_it_was_sent() {
         (&socket).read_to_string(&mut arrived).unwrap();
         assert_eq!(arrived, sent, "{ip}");
     }
+}
+
+#[test]
+fn a_heavy_pod_is_carried_by_more_than_one_worker() {
+    let shop = Shop::open_with(Options {
+        ztunnel_args: vec!["--workers=2".into()],
+        ..Options::default()
+    });
+    let _digest = Server::digest(shop.cart.listen(8080).unwrap()).unwrap();
+    let to = SocketAddr::from((shop.vip.v4, 80));
+    let before = worker_ticks(&shop.a);
+    // One after the other: each comes when those before it keep a worker busy.
+    thread::scope(|scope| {
+        let streams: Vec<_> = (0..5)
+            .map(|seed| {
+                thread::sleep(Duration::from_millis(300));
+                let socket = shop.web.connect(to).unwrap();
+                socket.set_read_timeout(Some(Duration::from_secs(60))).unwrap();
+                scope.spawn(move || {
+                    let sent = send_pattern(&socket, 384 << 20, seed).unwrap();
+                    let mut arrived = String::new();
+                    (&socket).read_to_string(&mut arrived).unwrap();
+                    assert_eq!(arrived, sent, "stream {seed}");
+                })
+            })
+            .collect();
+        streams.into_iter().for_each(|stream| stream.join().unwrap());
+    });
+    let used: Vec<u64> = worker_ticks(&shop.a)
+        .into_iter()
+        .map(|(name, ticks)| ticks - before[&name])
+        .collect();
+    let all: u64 = used.iter().sum();
+    assert_eq!(used.len(), 2);
+    // The pod is the only one of its node: all of this is its traffic.
+    assert!(
+        used.iter().all(|ticks| ticks * 10 > all),
+        "processor time of the workers, in ticks: {used:?}"
+    );
+}
+
+/// Processor time of each worker thread of a node's ztunnel, in ticks of the clock.
+fn worker_ticks(node: &MeshNode) -> BTreeMap<String, u64> {
+    let pid = node.with_ztunnel(|ztunnel| ztunnel.pid()).unwrap();
+    let tasks = fs::read_dir(format!("/proc/{pid}/task")).unwrap();
+    tasks
+        .filter_map(|task| {
+            let stat = fs::read_to_string(task.unwrap().path().join("stat")).unwrap();
+            let (name, fields) = stat.split_once('(')?.1.rsplit_once(") ")?;
+            // utime and stime, the 14th and 15th of proc(5), of which two stand before.
+            let ticks = fields.split(' ').skip(11).take(2);
+            let ticks = ticks.map(|ticks| ticks.parse::<u64>().unwrap()).sum();
+            name.starts_with("worker-").then(|| (name.to_owned(), ticks))
+        })
+        .collect()
 }
 
 #[test]

@@ -26,14 +26,17 @@ use culvert_io::{
 };
 use parking_lot::Mutex;
 use std::{
-    collections::{HashMap, HashSet},
+    collections::HashMap,
     convert::Infallible,
     io,
     net::SocketAddr,
     sync::Arc,
     time::{Duration, Instant, SystemTime},
 };
-use tokio::task::JoinHandle;
+use tokio::{
+    runtime::{self, Handle},
+    task::JoinHandle,
+};
 
 /// Streams a tunnel carries before another is dialled beside it.
 const STRIPE_AT: usize = MAX_STREAMS as usize / 2;
@@ -56,13 +59,15 @@ const PROBE_AFTER: Duration = Duration::from_secs(10);
 const PROBE_EVERY: Duration = Duration::from_secs(5);
 const PROBES: u32 = 3;
 
-/// What makes two connections to one endpoint share a tunnel (settled D13); the pod is the map's owner.
+/// What makes two connections to one endpoint share a tunnel (settled D13); the pod is the map's owner. A
+/// tunnel's streams are relayed by the worker that drives it.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 struct Key {
     source: SpiffeId,
     expected: Box<[SpiffeId]>,
     peer: SocketAddr,
     trust: u64,
+    worker: runtime::Id,
 }
 
 /// The tunnels of one pod.
@@ -72,8 +77,9 @@ pub struct Tunnels {
     slots: Mutex<HashMap<WorkloadUid, HashMap<Key, Arc<Slot>>>>,
 }
 
-#[derive(Default)]
 struct Slot {
+    /// Where its tunnels are driven.
+    worker: Handle,
     /// Held while dialling, so that one dial serves all who wait.
     pool: tokio::sync::Mutex<Pool>,
     /// What others may look at without waiting for a dial.
@@ -204,11 +210,15 @@ impl Tunnels {
             expected: hop.expected.clone(),
             peer: hop.peer,
             trust: credential.bundles.generation,
+            worker: Handle::current().id(),
         };
         let slot = {
             let mut slots = self.slots.lock();
             let of_endpoint = slots.entry(hop.endpoint.uid.clone()).or_default();
-            of_endpoint.entry(key).or_default().clone()
+            let slot = of_endpoint
+                .entry(key)
+                .or_insert_with(|| Slot::new(Handle::current()));
+            slot.clone()
         };
         // A tunnel may close between being chosen and being used. No byte of the application's is sent before
         // the 200, so another tunnel may be asked.
@@ -243,9 +253,15 @@ impl Tunnels {
             };
             // By what is trusted now, whatever the old tunnels were dialled by.
             let trust = credential.bundles.generation;
-            let keys: HashSet<Key> = slots.keys().map(|key| Key { trust, ..key.clone() }).collect();
-            let slot = |key: Key| (key.clone(), slots.entry(key).or_default().clone());
-            keys.into_iter().map(slot).collect()
+            let old: Vec<(Key, Handle)> = slots
+                .iter()
+                .map(|(key, slot)| (Key { trust, ..key.clone() }, slot.worker.clone()))
+                .collect();
+            let slot = |(key, worker): (Key, Handle)| {
+                let slot = slots.entry(key.clone()).or_insert_with(|| Slot::new(worker));
+                (key, slot.clone())
+            };
+            old.into_iter().map(slot).collect()
         };
         for (key, slot) in slots {
             // Somebody who waits for a dial renews by that.
@@ -254,8 +270,9 @@ impl Tunnels {
             };
             pool.dialling.take_if(|dialling| dialling.is_finished());
             let to = (key.peer, endpoint, &*key.expected);
-            pool.dialling
-                .get_or_insert_with(|| Dial::start(to, &credential, pod.clone(), context.clone()));
+            pool.dialling.get_or_insert_with(|| {
+                Dial::start(&slot.worker, to, &credential, pod.clone(), context.clone())
+            });
         }
     }
 
@@ -304,6 +321,14 @@ pub async fn sweep(context: Arc<Context>) -> Infallible {
 }
 
 impl Slot {
+    fn new(worker: Handle) -> Arc<Self> {
+        Arc::new(Self {
+            worker,
+            pool: tokio::sync::Mutex::default(),
+            seen: Mutex::default(),
+        })
+    }
+
     async fn tunnel(
         &self,
         pod: &Arc<Pod>,
@@ -340,7 +365,7 @@ impl Slot {
         let to = (hop.peer, &hop.endpoint.uid, &*hop.expected);
         let dialling = pool
             .dialling
-            .get_or_insert_with(|| Dial::start(to, credential, pod.clone(), context.clone()));
+            .get_or_insert_with(|| Dial::start(&self.worker, to, credential, pod.clone(), context.clone()));
         // Dropped here, the dial goes on and the next in line waits for it.
         let dialled = dialling.await.unwrap_or(Err(TunnelError::Gone));
         pool.dialling = None;
@@ -405,6 +430,7 @@ struct Dial {
 
 impl Dial {
     fn start(
+        worker: &Handle,
         (peer, endpoint, expected): (SocketAddr, &WorkloadUid, &[SpiffeId]),
         credential: &Credential,
         pod: Arc<Pod>,
@@ -416,7 +442,7 @@ impl Dial {
             expected: expected.into(),
             credential: credential.clone(),
         };
-        tokio::spawn(Box::pin(dial.run(pod, context)))
+        worker.spawn(Box::pin(dial.run(pod, context)))
     }
 
     /// Ends early when the pod leaves, or the endpoint is no longer who is expected there.

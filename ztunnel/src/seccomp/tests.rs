@@ -112,6 +112,7 @@ fn confined_child() {
             setresgid(Gid::from_raw(0), Gid::from_raw(0), Gid::from_raw(0)),
         ),
         ("name the host", sethostname("mine")),
+        ("let itself be dumped", nix::sys::prctl::set_dumpable(true)),
     ] {
         assert_eq!(attempt, Err(Errno::EPERM), "{what}");
     }
