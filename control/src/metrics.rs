@@ -39,6 +39,8 @@ culvert_io::read_metrics! { DECLARED = {
     VERSION: "gauge" = "culvert_config_version" [],
     /// Mistakes in the folder now; the last good state is served.
     MISTAKES: "gauge" = "culvert_config_mistakes" [],
+    /// How long the folder has not been what is served: 0 while there is no mistake in it.
+    AGE: "gauge" = "culvert_config_age_seconds" [],
     /// When the configuration served was published, in seconds since 1970.
     PUBLISHED: "gauge" = "culvert_config_published_timestamp_seconds" [],
     /// Log lines dropped because nobody took them in time.
@@ -94,6 +96,8 @@ impl Metrics {
         process::show(&mut page, "control");
         page.one(&VERSION, world.number as f64);
         page.one(&MISTAKES, health.mistakes.len() as f64);
+        let since = health.since.map(|since| since.elapsed());
+        page.one(&AGE, since.unwrap_or_default().as_secs_f64());
         let published = self.published().0.duration_since(UNIX_EPOCH);
         page.one(&PUBLISHED, published.unwrap_or_default().as_secs_f64());
         page.one(&LOG_DROPPED, log.dropped() as f64);

@@ -2,11 +2,12 @@
 //!
 //! Target `access`: `debug` for what opened, `info` for what ended, `warn` for what was refused.
 //! Invariant: a refusal leaves exactly one record here, with its reason, both identities as far as they are
-//! known, and the rule that refuses.
+//! known, and the rule that refuses. What the peer refuses has the rule at the peer alone, in the record with the
+//! same trace id: which rule it is would tell whoever asks how to be let in.
 
 use crate::metrics::{Ends, Flag, Metrics, Party, Reporter};
 use culvert_core::{
-    hbone::{Baggage, Traceparent},
+    hbone::Traceparent,
     ids::{NetworkAddress, PolicyKey, ServiceKey, SpiffeId, WorkloadUid},
     mesh::{Service, Workload},
     snapshot::Snapshot,
@@ -30,8 +31,6 @@ pub struct Known {
     pub hbone_address: Option<SocketAddr>,
     pub source: Option<Arc<Workload>>,
     pub source_identity: Option<SpiffeId>,
-    /// What the source says of itself, where discovery says nothing.
-    pub said: Option<Box<Baggage>>,
     pub destination: Option<Arc<Workload>>,
     pub destination_identity: Option<SpiffeId>,
     pub service: Option<Served>,
@@ -72,7 +71,6 @@ impl Known {
             hbone_address: None,
             source: None,
             source_identity: None,
-            said: None,
             destination: None,
             destination_identity: None,
             service: None,
@@ -96,7 +94,6 @@ impl Known {
     pub fn ends(&self, metrics: &Metrics) -> Ends {
         let party = Party {
             source: self.source.as_ref(),
-            said: self.said.as_deref(),
             source_identity: self.source_identity.as_ref(),
             destination: self.destination.as_ref(),
             destination_identity: self.destination_identity.as_ref(),
@@ -180,6 +177,12 @@ pub trait Refusing: Display {
     /// The rule that refuses, if it is a rule.
     fn policy(&self) -> Option<&PolicyKey>;
     fn flag(&self) -> Flag;
+}
+
+/// Whoever had asked for the connection has given it up before it was there: nobody refused it.
+pub fn given_up(metrics: &Metrics, known: &Known) {
+    known.ends(metrics).failed(Flag::Connect);
+    record!(info, known, "connection given up", {});
 }
 
 /// Tells of a refusal: one record, and the counters.

@@ -115,6 +115,12 @@ impl LiveTunnels {
         all.clone()
     }
 
+    /// The identities at the other ends of tunnels.
+    pub fn peers(&self) -> Vec<SpiffeId> {
+        let open = self.open().into_iter();
+        open.map(|live| live.watch.peer.id.clone()).collect()
+    }
+
     fn vouched(&self, live: &Live) -> Option<SystemTime> {
         let key = (live.peer_ip, live.watch.peer.id.clone());
         self.vouched.lock().get(&key).copied()

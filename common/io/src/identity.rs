@@ -20,6 +20,7 @@ use culvert_proto::ca::{
 };
 use parking_lot::Mutex;
 use rcgen::{CertificateParams, KeyPair, SanType};
+use rustls_pki_types::{CertificateDer, pem::PemObject};
 use std::{
     collections::HashMap,
     sync::{
@@ -59,6 +60,11 @@ impl Credential {
             svid,
             roots: roots.into(),
         })
+    }
+
+    /// The certificates of the roots inside the bundles.
+    pub fn roots(&self) -> impl Iterator<Item = CertificateDer<'static>> {
+        CertificateDer::pem_slice_iter(self.roots.as_bytes()).filter_map(Result::ok)
     }
 }
 

@@ -19,7 +19,7 @@ use std::{
     os::unix::fs::MetadataExt,
     path::{Path, PathBuf},
     sync::Arc,
-    time::Duration,
+    time::{Duration, Instant},
 };
 use tokio::sync::{Notify, mpsc, watch};
 
@@ -386,6 +386,8 @@ fn read_kind(api_version: &str, kind: &str, document: &str) -> Result<Object, Re
 pub struct Health {
     /// What is wrong with the folder; the last good state stays while there is anything.
     pub mistakes: Vec<Mistake>,
+    /// Since when there has been something wrong without a break.
+    pub since: Option<Instant>,
 }
 
 /// What was heard of the folder and not yet looked at.
@@ -435,7 +437,7 @@ pub async fn watch_folder(
         folder = same;
         match outcome {
             Ok(batch) => {
-                health.send_if_modified(|now| !std::mem::take(&mut now.mistakes).is_empty());
+                health.send_if_modified(|now| !std::mem::take(now).mistakes.is_empty());
                 if (first || !batch.is_empty()) && changes.send(batch).await.is_err() {
                     return Ok(());
                 }
@@ -450,6 +452,7 @@ pub async fn watch_folder(
                         tracing::error!(%mistake, "rejected; the last good state stays");
                     }
                     now.mistakes = mistakes;
+                    now.since.get_or_insert_with(Instant::now);
                     true
                 });
             }

@@ -448,6 +448,12 @@ fn t58_admin_is_on_loopback_and_every_change_is_audited() {
             "{key} in {certificate:#}"
         );
     }
+    // What peers are verified against, as the chain is: "-----BEGIN CERTIFICATE-----" in base64.
+    let root = certificate["rootCerts"][0]["pem"].as_str().unwrap();
+    assert!(
+        root.starts_with("LS0tLS1CRUdJTiBDRVJUSUZJQ0FURS0tLS0t"),
+        "{certificate:#}"
+    );
     let state = dump["workloadState"]
         .as_object()
         .unwrap()
@@ -715,4 +721,12 @@ fn s0_4_exposure_is_what_the_kernel_says_it_is() {
     assert!(ports >= 6, "{ports} in {listening:?}");
     assert_eq!(exposure("ports"), ports as f64);
     assert_eq!((exposure("identities"), exposure("tenants")), (1.0, 1.0));
+    // Tunnels to one peer are one peer, however many they are.
+    assert_eq!(exposure("peers"), 0.0);
+    let _echo = Server::echo(shop.cart.listen(8080).unwrap()).unwrap();
+    for _ in 0..3 {
+        let socket = shop.web.connect((shop.vip.v4, 80)).unwrap();
+        echo_once(&socket, b"hello").unwrap();
+    }
+    assert_eq!(exposure("peers"), 1.0);
 }

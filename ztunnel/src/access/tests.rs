@@ -161,3 +161,12 @@ fn a_refusal_leaves_one_record_with_reason_identities_and_rule() {
     let refusals = metrics.refused.with_label_values(&["outbound", "denied"]).get();
     assert_eq!(refusals, 1);
 }
+
+#[test]
+fn what_was_given_up_is_no_refusal() {
+    let metrics = Metrics::new().unwrap();
+    let found = records(|| given_up(&metrics, &known()));
+    assert_eq!(found, [record("INFO", "connection given up", &[])]);
+    let refusals = metrics.refused.with_label_values(&["outbound", "given_up"]);
+    assert_eq!(refusals.get(), 0);
+}

@@ -238,10 +238,12 @@ fn certificate(id: &SpiffeId, held: Option<&Credential>) -> Value {
             })
         })
         .collect();
+    let roots = held.iter().flat_map(|held| held.roots());
     json!({
         "identity": id.as_str(),
         "state": if held.is_some() { "Available" } else { "Unavailable" },
         "certChain": chain,
+        "rootCerts": roots.map(|der| json!({ "pem": base64(pem(&der).as_bytes()) })).collect::<Vec<_>>(),
     })
 }
 

@@ -7,7 +7,7 @@ use super::{
 };
 use crate::{
     accept::Accepted,
-    access::{Known, Refusing, Served, refused},
+    access::{Known, Refusing, Served, given_up, refused},
     connections::{AtLimit, Facts, NoRoom, Open, Seat, Way},
     context::{Context, IDENTITY_PATIENCE},
     metrics::{Flag, Reporter},
@@ -314,7 +314,10 @@ impl Stream {
             Err(error) => error,
         };
         // The record first: whoever sees the answer finds it.
-        refused(&context.metrics, &known, &error);
+        match &error {
+            StreamError::Abandoned => given_up(&context.metrics, &known),
+            error => refused(&context.metrics, &known, error),
+        }
         match (responder, &error) {
             // Another tunnel of the same peer may have room.
             (Some(responder), StreamError::Buffers) => responder.decline(),
@@ -387,7 +390,7 @@ impl Stream {
         let mut open = pod.connections.open(facts, known, metrics);
         let started = Instant::now();
         let descriptor = context.descriptors.enter(&pod.uid).ok_or(NoRoom)?;
-        let given_up = async {
+        let abandoned = async {
             match responder {
                 Some(responder) => responder.abandoned().await,
                 None => std::future::pending().await,
@@ -396,7 +399,7 @@ impl Stream {
         // A peer that resets what it has just asked for shall not have applications dialled by the thousand.
         let application = tokio::select! {
             delivered = deliver(pod, &permit, client) => delivered?,
-            () = given_up => return Err(StreamError::Abandoned),
+            () = abandoned => return Err(StreamError::Abandoned),
         };
         metrics
             .application_seconds

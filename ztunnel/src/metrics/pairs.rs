@@ -9,7 +9,6 @@
 use super::Reporter;
 use crate::access::Served;
 use culvert_core::{
-    hbone::Baggage,
     ids::{ServiceKey, SpiffeId},
     mesh::Workload,
 };
@@ -85,8 +84,6 @@ impl Flag {
 #[derive(Clone, Copy, Default)]
 pub struct Party<'a> {
     pub source: Option<&'a Arc<Workload>>,
-    /// What the source says of itself; used where discovery says nothing.
-    pub said: Option<&'a Baggage>,
     /// Proved by a certificate.
     pub source_identity: Option<&'a SpiffeId>,
     pub destination: Option<&'a Arc<Workload>>,
@@ -157,7 +154,6 @@ impl<T> Hash for Same<T> {
 struct Key {
     reporter: Reporter,
     source: Option<Same<Workload>>,
-    said: Option<Baggage>,
     source_identity: Option<SpiffeId>,
     destination: Option<Same<Workload>>,
     destination_identity: Option<SpiffeId>,
@@ -190,8 +186,6 @@ impl Pairs {
         let key = Key {
             reporter,
             source: party.source.cloned().map(Same),
-            // Discovery's word is better than the source's own.
-            said: party.said.filter(|_| party.source.is_none()).cloned(),
             source_identity: party.source_identity.cloned(),
             destination: party.destination.cloned().map(Same),
             destination_identity: party.destination_identity.cloned(),
@@ -360,7 +354,6 @@ const LABELS: [(&str, Of); 23] = {
 };
 
 fn labels(reporter: Reporter, party: &Party<'_>) -> String {
-    let said = party.said.filter(|_| party.source.is_none());
     let security = match (party.source_identity, party.destination_identity) {
         (Some(_), Some(_)) => "mutual_tls",
         _ => "unknown",
@@ -368,10 +361,7 @@ fn labels(reporter: Reporter, party: &Party<'_>) -> String {
     let value = |of: Of| match of {
         Of::Source(What::Principal) => party.source_identity.map(SpiffeId::as_str),
         Of::Destination(What::Principal) => party.destination_identity.map(SpiffeId::as_str),
-        Of::Source(what) => party
-            .source
-            .map(|workload| of_workload(workload, what))
-            .or_else(|| said.and_then(|said| of_baggage(said, what))),
+        Of::Source(what) => party.source.map(|workload| of_workload(workload, what)),
         Of::Destination(what) => party.destination.map(|workload| of_workload(workload, what)),
         Of::ServiceHost => party.service.map(|service| service.key().hostname()),
         Of::ServiceNamespace => party.service.map(|service| service.key().namespace()),
@@ -406,19 +396,5 @@ fn of_workload(workload: &Workload, what: What) -> &str {
         What::Cluster => &workload.cluster,
         What::Region => &workload.locality.region,
         What::Zone => &workload.locality.zone,
-    }
-}
-
-fn of_baggage(said: &Baggage, what: What) -> Option<&str> {
-    match what {
-        What::Workload => said.workload.as_ref().map(|(_, name)| &**name),
-        What::CanonicalService => said.service_name.as_deref(),
-        What::CanonicalRevision => said.service_version.as_deref(),
-        What::Namespace => said.namespace.as_deref(),
-        // Never from what a peer says of itself.
-        What::Principal => None,
-        What::Cluster => said.cluster.as_deref(),
-        What::Region => said.region.as_deref(),
-        What::Zone => said.zone.as_deref(),
     }
 }

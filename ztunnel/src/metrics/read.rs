@@ -1,6 +1,5 @@
 //! What is read when the page is asked for: states of other parts, and what is known of the process.
 
-use super::Reporter;
 use crate::{context::Context, pods::Pod};
 use culvert_io::{
     metrics::{Page, process},
@@ -37,7 +36,7 @@ culvert_io::read_metrics! { pub(super) DECLARED = {
     QUOTA_USED: "gauge" = "culvert_quota_used" ["namespace", "pod", "quota"],
     /// The quotas of each pod.
     QUOTA: "gauge" = "culvert_quota" ["quota"],
-    /// How much would be lost with this process: `ports` it serves, `peers` with a tunnel, `identities` it holds, `tenants` (namespaces) it serves.
+    /// How much would be lost with this process: `ports` it serves, `peers` (identities) with a tunnel, `identities` it holds, `tenants` (namespaces) it serves.
     EXPOSURE: "gauge" = "culvert_exposure" ["of"],
     /// Log lines dropped because nobody took them in time.
     LOG_DROPPED: "counter" = "culvert_log_lines_dropped_total" [],
@@ -152,20 +151,11 @@ fn exposure(page: &mut Page, context: &Context, pods: &[Arc<Pod>]) {
     /// Admin, metrics, readiness.
     const PAGES: usize = 3;
     let ports: usize = PAGES + pods.iter().map(|pod| pod.listeners).sum::<usize>();
-    let tunnels = |reporter: Reporter| {
-        let gauge = context
-            .metrics
-            .tunnels_open
-            .with_label_values(&[reporter.direction()]);
-        gauge.get() as f64
-    };
+    let peers: BTreeSet<_> = pods.iter().flat_map(|pod| pod.live.peers()).collect();
     let tenants: BTreeSet<&str> = pods.iter().map(|pod| &*pod.namespace).collect();
     let mut family = page.family(&EXPOSURE);
     family.sample(&["ports"], ports as f64);
-    family.sample(
-        &["peers"],
-        tunnels(Reporter::Source) + tunnels(Reporter::Destination),
-    );
+    family.sample(&["peers"], peers.len() as f64);
     family.sample(&["identities"], context.identities.all().len() as f64);
     family.sample(&["tenants"], tenants.len() as f64);
 }

@@ -4,7 +4,7 @@ use super::{
 };
 use crate::access::Served;
 use crate::fixtures::{CART, WEB, service, snapshot, workload};
-use culvert_core::{hbone::Baggage, ids::SpiffeId, mesh::Locality, snapshot::Snapshot};
+use culvert_core::{ids::SpiffeId, mesh::Locality, snapshot::Snapshot};
 use std::{path::Path, sync::Arc};
 
 fn mesh() -> Snapshot {
@@ -44,7 +44,6 @@ fn a_pair_has_the_labels_of_the_field() {
         destination: Some(cart),
         destination_identity: Some(&cart.identity),
         service: served.as_ref(),
-        ..Party::default()
     };
     let ends = metrics.ends(Reporter::Source, &party);
     ends.opened();
@@ -71,45 +70,6 @@ fn a_pair_has_the_labels_of_the_field() {
         format!("istio_tcp_sent_bytes_total{{{labels},response_flags=\"-\"}} 4"),
     ] {
         assert!(page.lines().any(|found| found == line), "{line}\nin\n{page}");
-    }
-}
-
-#[test]
-fn a_source_is_what_discovery_says_and_its_own_word_only_without() {
-    let (metrics, mesh) = (Metrics::new().unwrap(), mesh());
-    let web = mesh.workload(&WEB.into()).unwrap();
-    let said = Baggage {
-        namespace: Some("bank".into()),
-        service_name: Some("teller".into()),
-        ..Baggage::default()
-    };
-    for source in [Some(web), None] {
-        let party = Party {
-            source,
-            said: Some(&said),
-            ..Party::default()
-        };
-        metrics.ends(Reporter::Destination, &party).opened();
-    }
-    let page = page(&metrics);
-    let opened: Vec<&str> = page
-        .lines()
-        .filter(|line| line.starts_with("istio_tcp_connections_opened_total{"))
-        .collect();
-    assert_eq!(opened.len(), 2, "{opened:#?}");
-    for (found, want, not) in [
-        ("source_app=\"web\"", "source_workload_namespace=\"shop\"", "bank"),
-        (
-            "source_app=\"teller\"",
-            "source_workload_namespace=\"bank\"",
-            "shop",
-        ),
-    ] {
-        let line = opened.iter().find(|line| line.contains(found)).unwrap();
-        assert!(line.contains(want) && !line.contains(not), "{line}");
-        // Nobody has proved anything.
-        assert!(line.contains("source_principal=\"unknown\""), "{line}");
-        assert!(line.contains("connection_security_policy=\"unknown\""), "{line}");
     }
 }
 
@@ -143,15 +103,10 @@ fn t59_a_million_distinct_peers_make_a_bounded_page() {
     };
     let before = resident();
     for number in 0..count {
-        let said = Baggage {
-            service_name: Some(format!("name-{number}").into()),
-            ..Baggage::default()
-        };
         let identity: SpiffeId = format!("spiffe://cluster.local/ns/n{number}/sa/a")
             .parse()
             .unwrap();
         let party = Party {
-            said: Some(&said),
             source_identity: Some(&identity),
             ..Party::default()
         };

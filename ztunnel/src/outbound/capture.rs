@@ -7,7 +7,7 @@ use super::{
 };
 use crate::{
     accept::Accepted,
-    access::{Known, Refusing, Served, refused},
+    access::{Known, Refusing, Served, given_up, refused},
     connections::{Facts, NoRoom, Open, Seat, Way},
     context::{CONNECT_DEADLINE, Context},
     metrics::{Flag, Reporter},
@@ -178,7 +178,10 @@ async fn bring_up<'p>(
         Err(error) => error,
     };
     // The record first: whoever sees the reset finds it.
-    refused(&context.metrics, &known, &error);
+    match &error {
+        CaptureError::GivenUp => given_up(&context.metrics, &known),
+        error => refused(&context.metrics, &known, error),
+    }
     if let Some(socket) = socket {
         reset(&socket);
     }
@@ -246,12 +249,12 @@ async fn carry<'p>(
 async fn wait_for_another_try(socket: Option<&TcpStream>, attempt: usize) -> Result<(), CaptureError> {
     tokio::select! {
         () = tokio::time::sleep(TRY_AGAIN * (1 << attempt)) => Ok(()),
-        () = given_up(socket) => Err(CaptureError::GivenUp),
+        () = has_given_up(socket) => Err(CaptureError::GivenUp),
     }
 }
 
 /// Returns once the application has reset its connection. One that has only sent its end still waits.
-async fn given_up(socket: Option<&TcpStream>) {
+async fn has_given_up(socket: Option<&TcpStream>) {
     let Some(socket) = socket else {
         return std::future::pending().await;
     };
@@ -370,7 +373,7 @@ async fn through_tunnel<'p>(
     };
     let stream = tokio::select! {
         stream = pod.tunnels.open(pod, context, hop, &connect, patience) => stream?,
-        () = given_up(socket.as_ref()) => return Err(CaptureError::GivenUp),
+        () = has_given_up(socket.as_ref()) => return Err(CaptureError::GivenUp),
     };
     context.failing.works(&hop.endpoint.uid);
     if let Some(service) = &hop.service {

@@ -125,6 +125,10 @@ async fn the_last_good_state_stays_while_a_file_is_wrong() {
         changes.try_recv().is_err(),
         "nothing is given out while anything is wrong"
     );
+    assert!(
+        seen.borrow().since.is_some(),
+        "what is served is not the folder's"
+    );
     fs::write(dir.path().join("wrong.yaml"), NAMESPACE.replace("shop", "bank")).unwrap();
     let batch = tokio::time::timeout(wait, changes.recv()).await.unwrap().unwrap();
     assert_eq!(
@@ -132,7 +136,7 @@ async fn the_last_good_state_stays_while_a_file_is_wrong() {
         ["Namespace bank", "Namespace shop"],
         "one comes, one goes"
     );
-    assert!(seen.borrow().mistakes.is_empty());
+    assert!(seen.borrow().mistakes.is_empty() && seen.borrow().since.is_none());
 }
 
 #[test]
