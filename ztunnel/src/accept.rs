@@ -75,7 +75,7 @@ fn unmoved(error: &io::Error) {
     tracing::warn!(%error, "a connection could not be given to another worker; it is reset");
 }
 
-// An accepted connection, its addresses in their own family.
+/// An accepted connection, its addresses in their own family.
 pub struct Accepted {
     pub socket: TcpStream,
     pub peer: SocketAddr,
