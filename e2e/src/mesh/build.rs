@@ -45,7 +45,6 @@ fn build() -> Result<Programs> {
         .current_dir(concat!(env!("CARGO_MANIFEST_DIR"), "/.."))
         .args([
             "build",
-            "--quiet",
             "--message-format=json-render-diagnostics",
             "-p",
             "culvert-control",
@@ -54,9 +53,8 @@ fn build() -> Result<Programs> {
             "-p",
             "culvert-ztunnel-agent",
         ]);
-    if !cfg!(debug_assertions) {
-        cargo.arg("--release");
-    }
+    // A release build takes minutes: cargo shows where it is.
+    cargo.arg(if cfg!(debug_assertions) { "--quiet" } else { "--release" });
     let output = cargo
         .stdin(Stdio::null())
         .stderr(Stdio::inherit())
