@@ -54,7 +54,11 @@ fn build() -> Result<Programs> {
             "culvert-ztunnel-agent",
         ]);
     // A release build takes minutes: cargo shows where it is.
-    cargo.arg(if cfg!(debug_assertions) { "--quiet" } else { "--release" });
+    cargo.arg(if cfg!(debug_assertions) {
+        "--quiet"
+    } else {
+        "--release"
+    });
     let output = cargo
         .stdin(Stdio::null())
         .stderr(Stdio::inherit())
