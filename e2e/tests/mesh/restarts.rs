@@ -55,14 +55,15 @@ fn attempts_wait_for(shortened: Duration, whose: impl Fn(&Shop) -> &MeshNode) {
     let node = whose(&shop);
     let _echo = Server::echo(shop.cart.listen(8080).unwrap()).unwrap();
     let to = warm(&shop);
-    // What waits must fit into the listener's queue of 4096: three pods share the longer absence.
-    let others: Vec<_> = (0..if full_length() { 3 } else { 0 })
+    // What waits must fit into each listener's queue of 4096 and a pod's share of descriptors: six pods share
+    // the longer absence.
+    let others: Vec<_> = (0..if full_length() { 5 } else { 0 })
         .map(|number| {
             let spec = culvert_e2e::lab::PodSpec::new("shop", &format!("web-{number}"));
             shop.mesh.pod(&shop.a, spec).unwrap()
         })
         .collect();
-    let share = PER_SECOND / (others.len() as u32 + 1);
+    let share = PER_SECOND.div_ceil(others.len() as u32 + 1);
     let patience = away + WAIT;
     let link = shop.a.node().capture(&[]).unwrap();
     let streams = Streams::start(&shop.web, to, 20, Pace::BUSY).unwrap();

@@ -1,7 +1,7 @@
 //! A pod's tunnels to its peers.
 //!
 //! ```text
-//! Hop ──key──▶ tunnel with room, or one dial for all who wait ──▶ CONNECT ──▶ Stream
+//! Hop ──key──▶ tunnel with room, or a dial for each hundred who wait ──▶ CONNECT ──▶ Stream
 //! ```
 //! Invariant: a tunnel is used only under the key it was dialled for: this pod and its identity, the
 //! destination workload, the identities expected of it, its address, and the trust of that moment
@@ -30,16 +30,25 @@ use std::{
     convert::Infallible,
     io,
     net::SocketAddr,
-    sync::Arc,
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
     time::{Duration, Instant, SystemTime},
 };
 use tokio::{
     runtime::{self, Handle},
-    task::JoinHandle,
+    task::{JoinError, JoinSet},
 };
 
 /// Streams a tunnel carries before another is dialled beside it.
 const STRIPE_AT: usize = MAX_STREAMS as usize / 2;
+
+/// Most dials of one slot in flight: thousands who have waited for a peer are not served by one after another.
+const DIALS: usize = 8;
+
+/// How soon who waits for a dial looks again for a stream that has ended meanwhile.
+const LOOK_AGAIN: Duration = Duration::from_millis(2);
 
 /// A tunnel without streams is closed after this.
 const IDLE: Duration = Duration::from_secs(300);
@@ -80,8 +89,10 @@ pub struct Tunnels {
 struct Slot {
     /// Where its tunnels are driven.
     worker: Handle,
-    /// Held while dialling, so that one dial serves all who wait.
+    /// Held by the first of those who wait, who dials for all of them; they are served in turn.
     pool: tokio::sync::Mutex<Pool>,
+    /// How many want a tunnel.
+    waiting: AtomicUsize,
     /// What others may look at without waiting for a dial.
     seen: Mutex<Vec<Tunnel>>,
 }
@@ -90,9 +101,9 @@ struct Slot {
 struct Pool {
     tunnels: Vec<Pooled>,
     failed: Option<(Instant, Arc<TunnelError>)>,
-    /// The dial under way. It outlives those who wait for it: an application that gives up does not take the
+    /// Dials under way. They outlive those who wait for them: an application that gives up does not take the
     /// place of the others in the peer's queue.
-    dialling: Option<JoinHandle<Result<Pooled, TunnelError>>>,
+    dials: JoinSet<Result<Pooled, TunnelError>>,
 }
 
 struct Pooled {
@@ -268,11 +279,12 @@ impl Tunnels {
             let Ok(mut pool) = slot.pool.try_lock() else {
                 continue;
             };
-            pool.dialling.take_if(|dialling| dialling.is_finished());
+            slot.collect(&mut pool);
             let to = (key.peer, endpoint, &*key.expected);
-            pool.dialling.get_or_insert_with(|| {
-                Dial::start(&slot.worker, to, &credential, pod.clone(), context.clone())
-            });
+            if pool.dials.is_empty() {
+                let dial = Dial::new(to, &credential).run(pod.clone(), context.clone());
+                pool.dials.spawn_on(dial, &slot.worker);
+            }
         }
     }
 
@@ -325,6 +337,7 @@ impl Slot {
         Arc::new(Self {
             worker,
             pool: tokio::sync::Mutex::default(),
+            waiting: AtomicUsize::new(0),
             seen: Mutex::default(),
         })
     }
@@ -337,51 +350,42 @@ impl Slot {
         credential: &Credential,
     ) -> Result<Tunnel, TunnelError> {
         let asked = Instant::now();
+        let waiting = Waiting::new(&self.waiting);
         let mut pool = self.pool.lock().await;
-        if let Some((at, error)) = &pool.failed
-            && (*at > asked || at.elapsed() < FAILURE_LASTS)
-        {
-            return Err(TunnelError::Shared(error.clone()));
-        }
-        let now = SystemTime::now();
-        let usable = |pooled: &&mut Pooled| {
-            !pooled.tunnel.is_closed()
-                && !pooled.tunnel.is_retired()
-                && pooled.own_not_after > now
-                && pooled.tunnel.peer_not_after() > now
-                && pooled.tunnel.streams() < STRIPE_AT
-        };
-        if let Some(pooled) = pool
-            .tunnels
-            .iter_mut()
-            .filter(usable)
-            .min_by_key(|pooled| pooled.tunnel.streams())
-        {
-            pooled.used = Instant::now();
-            context.metrics.checkouts.with_label_values(&["reused"]).inc();
-            return Ok(pooled.tunnel.clone());
-        }
-        context.metrics.checkouts.with_label_values(&["dialled"]).inc();
-        let to = (hop.peer, &hop.endpoint.uid, &*hop.expected);
-        let dialling = pool
-            .dialling
-            .get_or_insert_with(|| Dial::start(&self.worker, to, credential, pod.clone(), context.clone()));
-        // Dropped here, the dial goes on and the next in line waits for it.
-        let dialled = dialling.await.unwrap_or(Err(TunnelError::Gone));
-        pool.dialling = None;
-        match dialled {
-            Ok(pooled) => {
-                let tunnel = pooled.tunnel.clone();
-                pool.failed = None;
-                pool.tunnels.retain(|pooled| !pooled.tunnel.is_closed());
-                pool.tunnels.push(pooled);
-                *self.seen.lock() = pool.tunnels.iter().map(|pooled| pooled.tunnel.clone()).collect();
-                Ok(tunnel)
+        let mut how = "reused";
+        loop {
+            self.collect(&mut pool);
+            if let Some(tunnel) = pool.with_room() {
+                context.metrics.checkouts.with_label_values(&[how]).inc();
+                return Ok(tunnel);
             }
-            Err(error) => {
-                let error = Arc::new(error);
-                pool.failed = Some((Instant::now(), error.clone()));
-                Err(TunnelError::Shared(error))
+            let failed = pool
+                .failed
+                .as_ref()
+                .filter(|(at, _)| *at > asked || at.elapsed() < FAILURE_LASTS);
+            // While one has failed, another that is under way may still succeed, and none is begun.
+            let wanted = match failed {
+                Some((_, error)) if pool.dials.is_empty() => {
+                    return Err(TunnelError::Shared(error.clone()));
+                }
+                Some(_) => 0,
+                None => waiting.count().div_ceil(STRIPE_AT).min(DIALS),
+            };
+            how = "dialled";
+            while pool.dials.len() < wanted {
+                let dial = Dial::new((hop.peer, &hop.endpoint.uid, &*hop.expected), credential);
+                pool.dials
+                    .spawn_on(dial.run(pod.clone(), context.clone()), &self.worker);
+            }
+            // Dropped here, the dials go on and the next in line waits for them.
+            tokio::select! {
+                Some(dialled) = pool.dials.join_next() => {
+                    if let Some(tunnel) = self.take(&mut pool, dialled) {
+                        context.metrics.checkouts.with_label_values(&[how]).inc();
+                        return Ok(tunnel);
+                    }
+                }
+                () = tokio::time::sleep(LOOK_AGAIN), if !pool.tunnels.is_empty() => {}
             }
         }
     }
@@ -392,6 +396,7 @@ impl Slot {
         let Ok(mut pool) = self.pool.try_lock() else {
             return true;
         };
+        self.collect(&mut pool);
         let now = Instant::now();
         let mut another = pool.tunnels.iter().any(|pooled| pooled.tunnel.streams() > 0);
         pool.tunnels.retain_mut(|pooled| {
@@ -406,17 +411,86 @@ impl Slot {
             another |= kept;
             kept
         });
+        self.show(&pool);
+        !pool.tunnels.is_empty() || !pool.dials.is_empty()
+    }
+
+    /// Takes what has been dialled meanwhile.
+    fn collect(&self, pool: &mut Pool) {
+        while let Some(dialled) = pool.dials.try_join_next() {
+            self.take(pool, dialled);
+        }
+    }
+
+    fn take(
+        &self,
+        pool: &mut Pool,
+        dialled: Result<Result<Pooled, TunnelError>, JoinError>,
+    ) -> Option<Tunnel> {
+        match dialled.unwrap_or(Err(TunnelError::Gone)) {
+            Ok(pooled) => {
+                let tunnel = pooled.tunnel.clone();
+                pool.failed = None;
+                pool.tunnels.retain(|pooled| !pooled.tunnel.is_closed());
+                pool.tunnels.push(pooled);
+                self.show(pool);
+                Some(tunnel)
+            }
+            Err(error) => {
+                pool.failed = Some((Instant::now(), Arc::new(error)));
+                None
+            }
+        }
+    }
+
+    fn show(&self, pool: &Pool) {
         *self.seen.lock() = pool.tunnels.iter().map(|pooled| pooled.tunnel.clone()).collect();
-        // A tunnel that nobody has waited for to its end has no stream.
-        pool.dialling.take_if(|dialling| dialling.is_finished());
-        !pool.tunnels.is_empty() || pool.dialling.is_some()
     }
 
     async fn forget(&self, gone: &Tunnel) {
         let mut pool = self.pool.lock().await;
         pool.tunnels
             .retain(|pooled| !pooled.tunnel.is_closed() && !pooled.tunnel.is(gone));
-        *self.seen.lock() = pool.tunnels.iter().map(|pooled| pooled.tunnel.clone()).collect();
+        self.show(&pool);
+    }
+}
+
+impl Pool {
+    /// The tunnel with the fewest streams, if there is one that takes another.
+    fn with_room(&mut self) -> Option<Tunnel> {
+        let now = SystemTime::now();
+        let usable = |pooled: &&mut Pooled| {
+            !pooled.tunnel.is_closed()
+                && !pooled.tunnel.is_retired()
+                && pooled.own_not_after > now
+                && pooled.tunnel.peer_not_after() > now
+                && pooled.tunnel.streams() < STRIPE_AT
+        };
+        let usable = self.tunnels.iter_mut().filter(usable);
+        let pooled = usable.min_by_key(|pooled| pooled.tunnel.streams())?;
+        pooled.used = Instant::now();
+        Some(pooled.tunnel.clone())
+    }
+}
+
+/// Counts who wants a tunnel, for as long as they do.
+struct Waiting<'s>(&'s AtomicUsize);
+
+impl<'s> Waiting<'s> {
+    fn new(all: &'s AtomicUsize) -> Self {
+        all.fetch_add(1, Ordering::Relaxed);
+        Self(all)
+    }
+
+    /// All who want one, this one too.
+    fn count(&self) -> usize {
+        self.0.load(Ordering::Relaxed)
+    }
+}
+
+impl Drop for Waiting<'_> {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::Relaxed);
     }
 }
 
@@ -429,20 +503,16 @@ struct Dial {
 }
 
 impl Dial {
-    fn start(
-        worker: &Handle,
+    fn new(
         (peer, endpoint, expected): (SocketAddr, &WorkloadUid, &[SpiffeId]),
         credential: &Credential,
-        pod: Arc<Pod>,
-        context: Arc<Context>,
-    ) -> JoinHandle<Result<Pooled, TunnelError>> {
-        let dial = Self {
+    ) -> Self {
+        Self {
             peer,
             endpoint: endpoint.clone(),
             expected: expected.into(),
             credential: credential.clone(),
-        };
-        worker.spawn(Box::pin(dial.run(pod, context)))
+        }
     }
 
     /// Ends early when the pod leaves, or the endpoint is no longer who is expected there.
