@@ -23,6 +23,10 @@ use tokio::time::{MissedTickBehavior, interval, timeout};
 
 use crate::lab::Endpoint;
 
+/// In every message of `Attempts` and every block of `Streams` that has room for it: whoever sees it has seen
+/// plaintext.
+pub const CANARY: &[u8] = b"canary-load-81f3b7a40c";
+
 /// Bytes of a message of `Attempts`; every message differs from every other.
 const MESSAGE_BYTES: usize = 64;
 
@@ -128,6 +132,7 @@ async fn attempt(to: SocketAddr, number: u64) -> Result<(), Failure> {
     for word in message.chunks_mut(8) {
         word.copy_from_slice(&number.to_be_bytes());
     }
+    message[8..8 + CANARY.len()].copy_from_slice(CANARY);
     echo(&mut socket, &message).await
 }
 
@@ -244,6 +249,9 @@ async fn stream(
         }
     };
     let mut block = vec![0; pace.block.max(8)];
+    if let Some(room) = block.get_mut(8..8 + CANARY.len()) {
+        room.copy_from_slice(CANARY);
+    }
     let mut ticks = interval(pace.every);
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
     loop {

@@ -5,7 +5,7 @@ use std::net::SocketAddr;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use culvert_e2e::load::{Attempt, Attempts, Failure, Pace, Streams, all_complete};
+use culvert_e2e::load::{Attempt, Attempts, CANARY, Failure, Pace, Streams, all_complete};
 use culvert_e2e::mesh::{Mesh, MeshNode, pages};
 use culvert_e2e::oracles::Steady;
 use culvert_e2e::traffic::{Server, echo_once};
@@ -65,7 +65,8 @@ fn attempts_wait_for(shortened: Duration, whose: impl Fn(&Shop) -> &MeshNode) {
         .collect();
     let share = PER_SECOND.div_ceil(others.len() as u32 + 1);
     let patience = away + WAIT;
-    let link = shop.a.node().capture(&[]).unwrap();
+    let link = shop.a.node().capture(&[CANARY]).unwrap();
+    let others_links = [shop.b.node(), &*shop.web, &*shop.cart].map(|end| end.capture(&[CANARY]).unwrap());
     let streams = Streams::start(&shop.web, to, 20, Pace::BUSY).unwrap();
     let attempts: Vec<_> = std::iter::once(&shop.web)
         .chain(&others)
@@ -112,6 +113,10 @@ fn attempts_wait_for(shortened: Duration, whose: impl Fn(&Shop) -> &MeshNode) {
         assert!(at.saturating_duration_since(killed) < Duration::from_secs(1));
     }
     let recording = link.stop().unwrap();
+    assert_eq!(recording.sightings(), [], "plaintext between the nodes");
+    for link in others_links {
+        assert_eq!(link.stop().unwrap().sightings(), [], "plaintext on a link");
+    }
     let cart = shop.cart.addresses().all();
     for flow in recording
         .flows_with_payload()
