@@ -46,7 +46,8 @@ pub struct Config {
     pub state_dir: Option<PathBuf>,
 
     /// PEM file of certificate revocation lists, watched. While it cannot be read at the start, this ztunnel
-    /// is not ready; later the last good lists stay in force.
+    /// is not ready; later the last good lists stay in force. It must hold a list of each issuer, roots and
+    /// intermediates of every trust domain: without one, what that issuer has signed is refused.
     #[arg(long, env = "CULVERT_CRL")]
     pub crl: Option<PathBuf>,
 

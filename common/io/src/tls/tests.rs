@@ -73,29 +73,7 @@ impl Authority {
 
     /// A list that revokes these serial numbers (PEM).
     pub fn revoke(&self, serials: &[&str]) -> String {
-        let now = std::time::SystemTime::now();
-        let hour = std::time::Duration::from_secs(3600);
-        let revoked = serials.iter().map(|serial| {
-            let bytes: Vec<u8> = serial
-                .split(':')
-                .map(|hex| u8::from_str_radix(hex, 16).unwrap())
-                .collect();
-            RevokedCertParams {
-                serial_number: SerialNumber::from_slice(&bytes),
-                revocation_time: (now - hour).into(),
-                reason_code: None,
-                invalidity_date: None,
-            }
-        });
-        let list = CertificateRevocationListParams {
-            this_update: (now - hour).into(),
-            next_update: (now + hour).into(),
-            crl_number: SerialNumber::from(1u64),
-            issuing_distribution_point: None,
-            revoked_certs: revoked.collect(),
-            key_identifier_method: rcgen::KeyIdMethod::Sha256,
-        };
-        list.signed_by(&self.issuer).unwrap().pem().unwrap()
+        list(&self.issuer, serials)
     }
 
     /// Signs a leaf with what `change` makes of a good one.
@@ -113,6 +91,32 @@ impl Authority {
         let (chain, key) = self.leaf(id, |_| ());
         Svid::from_pem(&chain, &key).unwrap()
     }
+}
+
+fn list(issuer: &CertifiedIssuer<'static, KeyPair>, serials: &[&str]) -> String {
+    let now = std::time::SystemTime::now();
+    let hour = std::time::Duration::from_secs(3600);
+    let revoked = serials.iter().map(|serial| {
+        let bytes: Vec<u8> = serial
+            .split(':')
+            .map(|hex| u8::from_str_radix(hex, 16).unwrap())
+            .collect();
+        RevokedCertParams {
+            serial_number: SerialNumber::from_slice(&bytes),
+            revocation_time: (now - hour).into(),
+            reason_code: None,
+            invalidity_date: None,
+        }
+    });
+    let list = CertificateRevocationListParams {
+        this_update: (now - hour).into(),
+        next_update: (now + hour).into(),
+        crl_number: SerialNumber::from(1u64),
+        issuing_distribution_point: None,
+        revoked_certs: revoked.collect(),
+        key_identifier_method: rcgen::KeyIdMethod::Sha256,
+    };
+    list.signed_by(issuer).unwrap().pem().unwrap()
 }
 
 pub(crate) const WEB: &str = "spiffe://cluster.local/ns/shop/sa/web";
@@ -303,5 +307,35 @@ async fn t37_f59_a_revoked_leaf_is_refused_and_judged_again_once_it_is_listed() 
     assert!(still_trusted(&others, web.chain()).is_err());
     for broken in ["", "-----BEGIN X509 CRL-----\nAAAA\n-----END X509 CRL-----\n"] {
         assert!(RevocationLists::from_pem(broken).is_err());
+    }
+}
+
+#[tokio::test]
+async fn t37_unknown_status_denies_and_what_is_open_goes_on() {
+    let ca = Authority::new("cluster.local");
+    let key = KeyPair::generate().unwrap();
+    let intermediate = CertifiedIssuer::signed_by(ca_params("intermediate"), key, &ca.issuer).unwrap();
+    let key = KeyPair::generate().unwrap();
+    let leaf = leaf_params(WEB).signed_by(&key, &intermediate).unwrap().pem();
+    let web = Svid::from_pem(&(leaf + &intermediate.pem()), &key.serialize_pem()).unwrap();
+    let (cart, trust) = (ca.svid(CART), ca.bundles());
+    let other = Authority::new("other.example").revoke(&[]);
+    let (of_root, of_intermediate) = (ca.revoke(&[]), list(&intermediate, &[]));
+    for (case, lists, admitted) in [
+        ("both issuers", [&of_root, &of_intermediate], true),
+        ("the root alone", [&of_root, &other], false),
+        ("the intermediate alone", [&of_intermediate, &other], false),
+        ("neither", [&other, &other], false),
+    ] {
+        let lists = RevocationLists::from_pem(&lists.map(String::as_str).concat()).unwrap();
+        let listed = Arc::new((*trust).clone().with_lists(&lists));
+        let verdict = handshake(&web, &trust, expect(CART), &cart, &listed).await;
+        let want = if admitted {
+            Ok(())
+        } else {
+            Err(VerifyError::Revoked(web.id().clone()))
+        };
+        assert_eq!(verdict, want, "lists of {case}");
+        assert_eq!(still_trusted(&listed, web.chain()), Ok(()), "lists of {case}");
     }
 }

@@ -2,7 +2,7 @@
 
 use super::{
     bundle::TrustBundles,
-    leaf::{LeafError, check_intermediate, leaf_expiry, leaf_identity, parse},
+    leaf::{LeafError, check_intermediate, leaf_expiry, leaf_identity},
     svid::MAX_CHAIN,
 };
 use culvert_core::ids::SpiffeId;
@@ -89,6 +89,32 @@ impl From<VerifyError> for rustls::Error {
     }
 }
 
+/// What revocation lists are for, where there are any.
+#[derive(Debug, Clone, Copy)]
+enum Lists {
+    /// Each certificate of a chain must be known not to be revoked: a list of its issuer is there, and is not
+    /// out of date (T37).
+    Demanded,
+    /// What they name is revoked; of what they do not speak of they say nothing.
+    Heeded,
+}
+
+impl Lists {
+    fn unknown(self) -> UnknownStatusPolicy {
+        match self {
+            Self::Demanded => UnknownStatusPolicy::Deny,
+            Self::Heeded => UnknownStatusPolicy::Allow,
+        }
+    }
+
+    fn expired(self) -> ExpirationPolicy {
+        match self {
+            Self::Demanded => ExpirationPolicy::Enforce,
+            Self::Heeded => ExpirationPolicy::Ignore,
+        }
+    }
+}
+
 /// Verifies the peer of a tunnel.
 #[derive(Debug)]
 pub(super) struct Verifier {
@@ -98,7 +124,7 @@ pub(super) struct Verifier {
 
 /// Judges the peer of an open tunnel again, by bundles that are newer than its handshake: whether its chain
 /// still leads to a root and nothing in it is revoked. Time is not judged: what ends with a leaf's validity
-/// is for the tunnel's owner to say, and a list that is out of date refuses new tunnels alone.
+/// is for the tunnel's owner to say, and a list that is out of date or missing refuses new tunnels alone.
 pub fn still_trusted(bundles: &Arc<TrustBundles>, chain: &[CertificateDer<'_>]) -> Result<(), VerifyError> {
     let (leaf, intermediates) = chain.split_first().ok_or(LeafError::Malformed)?;
     let verifier = Verifier {
@@ -111,7 +137,7 @@ pub fn still_trusted(bundles: &Arc<TrustBundles>, chain: &[CertificateDer<'_>]) 
     let at = UnixTime::since_unix_epoch(within.duration_since(UNIX_EPOCH).unwrap_or_default());
     let usage = KeyUsage::client_auth();
     verifier
-        .verify(leaf, intermediates, at, usage, ExpirationPolicy::Ignore)
+        .verify(leaf, intermediates, at, usage, Lists::Heeded)
         .map(|_| ())
 }
 
@@ -123,7 +149,7 @@ impl Verifier {
         intermediates: &[CertificateDer<'_>],
         now: UnixTime,
         usage: KeyUsage,
-        lists: ExpirationPolicy,
+        lists: Lists,
     ) -> Result<SpiffeId, VerifyError> {
         if intermediates.len() >= MAX_CHAIN {
             return Err(VerifyError::LongChain(intermediates.len() + 1));
@@ -150,8 +176,8 @@ impl Verifier {
         let revocation = RevocationOptionsBuilder::new(&crls).ok().map(|options| {
             options
                 .with_depth(RevocationCheckDepth::Chain)
-                .with_status_policy(self.unknown_status(leaf, intermediates))
-                .with_expiration_policy(lists)
+                .with_status_policy(lists.unknown())
+                .with_expiration_policy(lists.expired())
                 .build()
         });
         certificate
@@ -170,28 +196,6 @@ impl Verifier {
             Expected::OneOf(_) | Expected::AnyTrusted => Ok(id),
         }
     }
-
-    /// Unknown status denies where a list of that issuer is configured; issuers without lists have none
-    /// to ask.
-    fn unknown_status(
-        &self,
-        leaf: &CertificateDer<'_>,
-        intermediates: &[CertificateDer<'_>],
-    ) -> UnknownStatusPolicy {
-        let listed = |certificate: &CertificateDer<'_>| {
-            parse(certificate).is_ok_and(|parsed| {
-                self.bundles
-                    .crls()
-                    .iter()
-                    .any(|crl| same_name(crl.issuer(), parsed.issuer().as_raw()))
-            })
-        };
-        if std::iter::once(leaf).chain(intermediates).all(listed) {
-            UnknownStatusPolicy::Deny
-        } else {
-            UnknownStatusPolicy::Allow
-        }
-    }
 }
 
 /// Fails unless a peer that trusts `bundles` takes this chain now, as a client's and as a server's.
@@ -202,20 +206,9 @@ pub(super) fn verify(bundles: &TrustBundles, chain: &[CertificateDer<'_>]) -> Re
     };
     let (leaf, intermediates) = chain.split_first().ok_or(LeafError::Malformed)?;
     for usage in [KeyUsage::client_auth(), KeyUsage::server_auth()] {
-        verifier.verify(
-            leaf,
-            intermediates,
-            UnixTime::now(),
-            usage,
-            ExpirationPolicy::Enforce,
-        )?;
+        verifier.verify(leaf, intermediates, UnixTime::now(), usage, Lists::Demanded)?;
     }
     Ok(())
-}
-
-/// A list's issuer comes without its outer SEQUENCE header, a certificate's with it.
-fn same_name(contents: &[u8], name: &[u8]) -> bool {
-    name == contents || (name.len() > contents.len() && name.ends_with(contents))
 }
 
 fn algorithms() -> WebPkiSupportedAlgorithms {
@@ -231,8 +224,7 @@ impl ServerCertVerifier for Verifier {
         _ocsp: &[u8],
         now: UnixTime,
     ) -> Result<ServerCertVerified, rustls::Error> {
-        let enforce = ExpirationPolicy::Enforce;
-        self.verify(leaf, intermediates, now, KeyUsage::server_auth(), enforce)?;
+        self.verify(leaf, intermediates, now, KeyUsage::server_auth(), Lists::Demanded)?;
         Ok(ServerCertVerified::assertion())
     }
 
@@ -270,8 +262,7 @@ impl ClientCertVerifier for Verifier {
         intermediates: &[CertificateDer<'_>],
         now: UnixTime,
     ) -> Result<ClientCertVerified, rustls::Error> {
-        let enforce = ExpirationPolicy::Enforce;
-        self.verify(leaf, intermediates, now, KeyUsage::client_auth(), enforce)?;
+        self.verify(leaf, intermediates, now, KeyUsage::client_auth(), Lists::Demanded)?;
         Ok(ClientCertVerified::assertion())
     }
 
