@@ -11,7 +11,7 @@
 use crate::{
     capture::{
         fresh_table,
-        rules::{first_syn, into_net, to},
+        rules::{OTHER_TRANSPORTS, first_syn, into_net, to},
     },
     listeners::HBONE_PORT,
     netns::NetlinkError,
@@ -283,7 +283,7 @@ impl Guard {
         for resolver in &self.rules.resolvers {
             rules.push(chain().then(to(*resolver)).match_udp_dport(53).accept());
         }
-        for protocol in [UDP, SCTP] {
+        for protocol in OTHER_TRANSPORTS {
             rules.push(chain().match_l4proto(protocol).counter().drop());
         }
     }
@@ -327,8 +327,6 @@ impl Guard {
 }
 
 const TCP: u8 = libc::IPPROTO_TCP as u8;
-const UDP: u8 = libc::IPPROTO_UDP as u8;
-const SCTP: u8 = libc::IPPROTO_SCTP as u8;
 
 /// What Linux puts into a handshake's answer (segment size, scale, SACK, timestamp) and into a reset
 /// (timestamp). Where less is there a root's own segments can carry the difference, and no more.

@@ -24,8 +24,18 @@ const OUTPUT: &str = "output";
 const REFUSE: &str = "refuse";
 
 const TCP: u8 = libc::IPPROTO_TCP as u8;
-const UDP: u8 = libc::IPPROTO_UDP as u8;
-const SCTP: u8 = libc::IPPROTO_SCTP as u8;
+
+/// What carries applications' bytes beside TCP: UDP, SCTP, DCCP, UDP-Lite, and tunnels of a pod's own (GRE, IP in
+/// IP). ICMP is none of it: paths need it.
+pub const OTHER_TRANSPORTS: [u8; 7] = [
+    libc::IPPROTO_UDP as u8,
+    libc::IPPROTO_SCTP as u8,
+    libc::IPPROTO_DCCP as u8,
+    libc::IPPROTO_UDPLITE as u8,
+    libc::IPPROTO_GRE as u8,
+    libc::IPPROTO_IPIP as u8,
+    libc::IPPROTO_IPV6 as u8,
+];
 
 /// The bit that every mark of ours has, and by which the wall knows what may pass it (see `wall`).
 pub(super) const OURS: u32 = 0x8000_0000;
@@ -75,6 +85,7 @@ pub struct Rules {
     pub exclude_inbound_ports: Vec<u16>,
     pub exclude_outbound_ports: Vec<u16>,
     pub exclude_outbound_nets: Vec<IpNet>,
+    /// Whether [`OTHER_TRANSPORTS`] are refused; otherwise they go out as they are.
     pub refuse_other_traffic: bool,
     /// Connections that were open before enrolment may go on (settled D8's grace).
     pub spare_older: bool,
@@ -280,7 +291,7 @@ impl Rules {
         }
         rules.push(chain().match_l4proto(TCP).then(Stmt::Reject(Reject::TcpReset)));
         if self.refuse_other_traffic {
-            for protocol in [UDP, SCTP] {
+            for protocol in OTHER_TRANSPORTS {
                 let refused = Stmt::Reject(Reject::Icmpx(IcmpxCode::PortUnreachable));
                 rules.push(chain().match_l4proto(protocol).then(refused));
             }

@@ -1,4 +1,4 @@
-use super::*;
+use super::{rules::OTHER_TRANSPORTS, *};
 use crate::{
     lab::{FAR_V4, Lab, NODE_V4, NODE_V6, POD_V4, POD_V6, ruleset, run},
     listeners::{DNS_PORT, INBOUND_PORT, Kept, ListenError, OUTBOUND_PORT, Wanted, listen, outbound_sockets},
@@ -260,6 +260,29 @@ async fn udp_goes_out_or_is_refused_as_the_node_is_set() {
             .unwrap();
         let _ = app.send_to(b"x", (NODE_V4, 999));
         assert_eq!(server.recv_from(&mut [0; 8]).is_err(), refuse);
+    }
+}
+
+#[tokio::test]
+async fn f18_other_transports_go_out_or_are_refused_as_the_node_is_set_and_icmp_goes_out() {
+    use nix::libc;
+    // An echo request: its kind, and a checksum over the rest.
+    let echo = [8, 0, 0xf7, 0xff, 0, 0, 0, 0];
+    for refuse in [false, true] {
+        let mut rules = plain(Marks::random());
+        rules.refuse_other_traffic = refuse;
+        let pod = captured_by(rules).await;
+        for protocol in OTHER_TRANSPORTS.into_iter().chain([libc::IPPROTO_ICMP as u8]) {
+            let raw = || Socket::new(Domain::IPV4, Type::RAW, Some(i32::from(protocol).into()));
+            let (there, app) = (pod.lab.node.enter(raw).unwrap(), pod.lab.pod.enter(raw).unwrap());
+            let (there, app) = (there.unwrap(), app.unwrap());
+            there.set_read_timeout(Some(Duration::from_millis(200))).unwrap();
+            let to = SocketAddr::from((NODE_V4, 0));
+            let _ = app.send_to(&echo, &to.into());
+            let arrived = (&there).read(&mut [0; 64]).is_ok();
+            let icmp = i32::from(protocol) == libc::IPPROTO_ICMP;
+            assert_eq!(arrived, icmp || !refuse, "protocol {protocol}, refused: {refuse}");
+        }
     }
 }
 
