@@ -84,7 +84,11 @@ mod tests {
     #[test]
     fn tr8_f26_nobody_takes_all_and_the_next_finds_a_place() {
         let room = Room::new(100);
-        let take = |who| std::iter::from_fn(|| room.enter(&who)).collect::<Vec<_>>();
+        let take = |who| {
+            std::iter::from_fn(|| room.enter(&who))
+                .take(1_000)
+                .collect::<Vec<_>>()
+        };
         let greedy = take("greedy");
         assert_eq!(greedy.len(), 50);
         let second = take("second");

@@ -153,7 +153,7 @@ mod tests {
             let before = budget.used();
             for _ in 0..tunnels {
                 let tunnel = Account::new(budget);
-                while tunnel.has_room() {
+                while tunnel.has_room() && charges.len() < 10_000 {
                     charges.push(Charge::new(&tunnel, FLOOR));
                 }
             }

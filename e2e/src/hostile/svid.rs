@@ -11,7 +11,7 @@ use rcgen::{CertificateParams, DistinguishedName, KeyPair, SanType};
 use rustls::client::WantsClientCert;
 use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
 use rustls::crypto::{CryptoProvider, aws_lc_rs};
-use rustls::{ClientConfig, ConfigBuilder, DigitallySignedStruct, SignatureScheme};
+use rustls::{ClientConfig, ConfigBuilder, DigitallySignedStruct, ServerConfig, SignatureScheme};
 use rustls_pki_types::pem::PemObject;
 use rustls_pki_types::{CertificateDer, PrivateKeyDer, ServerName, UnixTime};
 
@@ -94,6 +94,20 @@ impl Svid {
         let key = PrivateKeyDer::from_pem_slice(self.key_pem.as_bytes())?;
         let config = trusting()?.with_client_auth_cert(self.chain.clone(), key)?;
         Ok(speaking_h2(config))
+    }
+
+    /// A server's TLS with this SVID: it takes any client, and asks for no certificate.
+    pub fn server(&self) -> Result<ServerConfig> {
+        let key = PrivateKeyDer::from_pem_slice(self.key_pem.as_bytes())?;
+        let provider = Arc::new(aws_lc_rs::default_provider());
+        let mut config = ServerConfig::builder_with_provider(provider)
+            .with_safe_default_protocol_versions()?
+            .with_no_client_auth()
+            .with_single_cert(self.chain.clone(), key)?;
+        config.alpn_protocols = vec![b"h2".to_vec()];
+        // What it says is there before the client has said anything.
+        config.send_half_rtt_data = true;
+        Ok(config)
     }
 
     /// A client's TLS without a certificate.

@@ -10,13 +10,13 @@ use std::time::{Duration, Instant};
 use culvert_e2e::hostile::frames::{self, END_HEADERS, END_STREAM, frame};
 use culvert_e2e::hostile::{Answer, Svid, Tunnel};
 use culvert_e2e::lab::{Endpoint, PodSpec, poll_until};
-use culvert_e2e::load::{Attempts, Pace, Streams, all_complete};
+use culvert_e2e::load::{Attempts, Pace, Streams, all_complete, percentile};
 use culvert_e2e::mesh::{MeshNode, Options};
 use culvert_e2e::oracles::Steady;
 use culvert_e2e::traffic::{Server, echo_once};
 
 use crate::tunnel_abuse::Siege;
-use crate::{Shop, WAIT, full_length};
+use crate::{AtEnd, Shop, WAIT, full_length};
 
 /// A debug build on a loaded machine; the requirement is that every attempt is complete.
 const PATIENCE: Duration = Duration::from_secs(15);
@@ -45,14 +45,15 @@ impl Honest {
         }
     }
 
-    /// Everything was carried.
-    fn stop(self, case: &str) {
+    /// Everything was carried; the time that 99 of 100 attempts did not exceed.
+    fn stop(self, case: &str) -> Duration {
         let attempts = self.attempts.stop().unwrap();
         all_complete(&attempts).unwrap_or_else(|e| panic!("{case}: {e:#}"));
         assert!(!attempts.is_empty(), "{case}: no attempt was made");
         for end in self.streams.stop().unwrap() {
             assert!(end.failure.is_none() && end.blocks > 0, "{case}: {end:?}");
         }
+        percentile(&attempts, 99)
     }
 }
 
@@ -61,9 +62,12 @@ fn f25_f26_peers_that_never_finish_a_handshake_keep_nobody_out() {
     let siege = Siege::lay(Shop::open());
     let shop = &siege.shop;
     let _echo = Server::echo(shop.cart.listen(8080).unwrap()).unwrap();
-    let honest = Honest::start(shop);
     let phone = shop.mesh.pod(&shop.a, PodSpec::new("shop", "phone")).unwrap();
     shop.a.wait_published(&phone).unwrap();
+    let alone = Honest::start(shop);
+    thread::sleep(Duration::from_secs(2));
+    let alone = alone.stop("alone");
+    let honest = Honest::start(shop);
     let stranger = shop.mesh.lab().host("stranger").unwrap();
     let to = siege.port();
     let idle = if full_length() { 10_000 } else { 1_500 };
@@ -75,7 +79,8 @@ fn f25_f26_peers_that_never_finish_a_handshake_keep_nobody_out() {
         .flat_map(|(from, count)| crowd(from, to, count))
         .collect();
     let hello = client_hello(&siege);
-    thread::scope(|scope| {
+    let fresh = thread::scope(|scope| {
+        let _end = AtEnd(&over);
         for mut socket in silent.iter().take(100) {
             let _ = socket.write_all(&hello[..hello.len() / 2]);
         }
@@ -113,11 +118,18 @@ fn f25_f26_peers_that_never_finish_a_handshake_keep_nobody_out() {
                 _ => {}
             }
         }
-        over.store(true, Ordering::Relaxed);
         let fresh = fresh.stop().unwrap();
         all_complete(&fresh).unwrap();
+        percentile(&fresh, 99)
     });
-    honest.stop("beside idle sockets and handshakes");
+    let beside = honest.stop("beside idle sockets and handshakes");
+    eprintln!("p99 alone {alone:?}; beside the floods {beside:?}, of a pod that comes meanwhile {fresh:?}");
+    // Twice as long is the requirement; below a second this machine's own noise is most of it.
+    let bound = (2 * alone).max(Duration::from_secs(1));
+    assert!(
+        beside <= bound && fresh <= bound,
+        "p99 alone {alone:?}, beside {beside:?} and {fresh:?}"
+    );
     let metrics = shop.b.metrics().unwrap();
     let refused = |outcome| {
         metrics.sum(
@@ -216,12 +228,12 @@ const FLOODS: &[Flood] = &[
         name: "made you reset",
         turn: |siege, next| {
             let mut bytes = Vec::new();
-            for stream in (next..).step_by(2).take(20) {
+            for stream in (next..).step_by(2).take(50) {
                 bytes.extend(frames::connect(stream, &siege.authority()));
-                // No window grows by nothing: an error of this stream.
-                bytes.extend(frames::window_update(stream, 0));
+                // No window grows beyond 2^31 - 1: an error of this stream, which its receiver has to reset.
+                bytes.extend(frames::window_update(stream, i32::MAX as u32));
             }
-            (bytes, 40)
+            (bytes, 100)
         },
         turns: 400,
     },

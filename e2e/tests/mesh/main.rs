@@ -9,6 +9,7 @@ mod faults;
 mod first;
 mod floods;
 mod hostile;
+mod impostors;
 mod names;
 mod peers;
 mod processes;

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use culvert_e2e::lab::{PodSpec, poll_until};
 
-use crate::{Shop, WAIT, full_length};
+use crate::{AtEnd, Shop, WAIT, full_length};
 
 const QUERY_A: [u8; 4] = [0, 1, 0, 1];
 
@@ -105,6 +105,7 @@ fn t30_forged_replies_are_waited_past_and_names_by_the_thousand_cost_nothing() {
         text.trim_end_matches("kB").trim().parse().unwrap()
     };
     thread::scope(|scope| {
+        let end = AtEnd(&over);
         scope.spawn(|| lie(&resolver, &beside, &over));
         let web = shop.web.udp((shop.web.addresses().v4, 0)).unwrap();
         web.set_read_timeout(Some(Duration::from_secs(2))).unwrap();
@@ -182,6 +183,6 @@ fn t30_forged_replies_are_waited_past_and_names_by_the_thousand_cost_nothing() {
             Ok(None)
         })
         .unwrap();
-        over.store(true, Ordering::Relaxed);
+        drop(end);
     });
 }

@@ -83,6 +83,15 @@ fn t20_f20_a_connect_leads_to_the_pod_it_came_to_and_nowhere_else() {
         Server::echo(shop.mesh.control_host().listen(8080).unwrap()).unwrap(),
     ];
     drop(siege.admitted());
+    // The pod's node knows its services by name once somebody there has called them: from then on they are
+    // asked for by name as well, and only they.
+    shop.b.wait_published(&other).unwrap();
+    poll_until("the service is asked for by its name", WAIT, || {
+        let _ = other.connect_within((shop.vip.v4, 80), WAIT);
+        let answer = siege.tunnel().connect(1, "cart.shop.svc.cluster.local:80");
+        Ok((answer == Answer::Status(200)).then_some(()))
+    })
+    .unwrap();
     let heard = settled(&own);
     let tap = shop.cart.capture(&[]).unwrap();
     let node = shop.b.node().addresses();
@@ -102,6 +111,8 @@ fn t20_f20_a_connect_leads_to_the_pod_it_came_to_and_nowhere_else() {
         "other.shop.svc.cluster.local:8080",
         "control.culvert-system.svc:15012",
         "kubernetes.default.svc:443",
+        "cart.shop.svc.cluster.local:8080",
+        "cart.bank.svc.cluster.local:80",
     ]
     .map(str::to_owned)
     .into();
@@ -396,6 +407,7 @@ fn t24_f22_t29_what_a_peer_says_of_itself_changes_neither_verdict_nor_identity()
     let authority = siege.authority();
     let forged: Vec<(&str, String)> =
         vec![
+        ("forwarded", format!("for=\"{}:4711\"", shop.web.addresses().v4)),
         ("forwarded", format!("for={};by=evil;proto=https", shop.web.addresses().v4)),
         ("forwarded", "for=unknown, for=10.0.0.1;host=\"bank\"".to_owned()),
         ("x-forwarded-for", shop.web.addresses().v4.to_string()),

@@ -146,7 +146,9 @@ impl TunnelError {
                 true
             }
             Self::Open(OpenError::Refused(status)) => *status == http::StatusCode::SERVICE_UNAVAILABLE,
-            Self::Open(OpenError::Closing(_) | OpenError::Failed(_) | OpenError::Full) => true,
+            Self::Open(
+                OpenError::Closing(_) | OpenError::Failed(_) | OpenError::Full | OpenError::Silent,
+            ) => true,
             Self::Open(OpenError::Request(_)) => false,
             Self::Shared(error) => error.elsewhere(),
         }

@@ -161,6 +161,9 @@ mod tests {
         ] {
             assert!(bad.parse::<Authority>().is_err(), "{bad:?}");
         }
+        for with_user in ["user@10.0.0.1:80", "user:pass@cart:80"] {
+            assert_eq!(with_user.parse::<Authority>(), Err(AuthorityError::UserInfo));
+        }
         let long = format!("{}:80", ["a".repeat(63).as_str(); 5].join("."));
         assert!(long.parse::<Authority>().is_err());
     }

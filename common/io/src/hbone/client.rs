@@ -32,6 +32,10 @@ use tokio_rustls::TlsConnector;
 /// How long a stream waits for room in its tunnel. A peer may take all of it back (T43).
 const ROOM_WITHIN: Duration = Duration::from_secs(1);
 
+/// How long a peer may take to answer for a stream: it may have to ask control, and its application has 10 s at
+/// each of a few tries.
+const ANSWER_WITHIN: Duration = Duration::from_secs(60);
+
 /// Why no tunnel came up.
 #[derive(Debug, thiserror::Error)]
 pub enum DialError {
@@ -96,6 +100,9 @@ pub enum OpenError {
     /// The peer lets no further stream be opened; nothing was sent.
     #[error("peer has left no room for a stream within {} s", ROOM_WITHIN.as_secs())]
     Full,
+    /// The peer has taken the request and says nothing to it.
+    #[error("no answer within {} s", ANSWER_WITHIN.as_secs())]
+    Silent,
     #[error("the request cannot be written: {0}")]
     Request(#[from] http::Error),
 }
@@ -105,7 +112,7 @@ impl OpenError {
     pub fn broke(&self) -> bool {
         match self {
             Self::Closing(error) | Self::Failed(error) => broke(error),
-            Self::Full | Self::Refused(_) | Self::Request(_) => false,
+            Self::Full | Self::Silent | Self::Refused(_) | Self::Request(_) => false,
         }
     }
 }
@@ -269,7 +276,8 @@ impl Tunnel {
             .await
             .map_err(|_| OpenError::Full)?
             .map_err(OpenError::Closing)?;
-        let response = response.await.map_err(|error| {
+        let answered = Box::pin(tokio::time::timeout(ANSWER_WITHIN, response)).await;
+        let response = answered.map_err(|_| OpenError::Silent)?.map_err(|error| {
             // The peer did not process it: another tunnel may take it (RFC 9113 §8.7).
             let untouched = error.reason() == Some(h2::Reason::REFUSED_STREAM)
                 || (error.is_go_away() && error.is_remote());
