@@ -180,9 +180,9 @@ pub trait Refusing: Display {
 }
 
 /// Whoever had asked for the connection has given it up before it was there: nobody refused it.
-pub fn given_up(metrics: &Metrics, known: &Known) {
-    known.ends(metrics).failed(Flag::Connect);
-    record!(info, known, "connection given up", {});
+pub fn given_up(metrics: &Metrics, known: &Known, error: &dyn Refusing) {
+    known.ends(metrics).failed(error.flag());
+    record!(info, known, "connection given up", { reason = error.reason() });
 }
 
 /// Tells of a refusal: one record, and the counters.

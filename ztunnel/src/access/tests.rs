@@ -165,8 +165,10 @@ fn a_refusal_leaves_one_record_with_reason_identities_and_rule() {
 #[test]
 fn what_was_given_up_is_no_refusal() {
     let metrics = Metrics::new().unwrap();
-    let found = records(|| given_up(&metrics, &known()));
-    assert_eq!(found, [record("INFO", "connection given up", &[])]);
-    let refusals = metrics.refused.with_label_values(&["outbound", "given_up"]);
+    let left = Denied("shop/no-web".parse().unwrap());
+    let found = records(|| given_up(&metrics, &known(), &left));
+    let own = [("reason", "denied")];
+    assert_eq!(found, [record("INFO", "connection given up", &own)]);
+    let refusals = metrics.refused.with_label_values(&["outbound", "denied"]);
     assert_eq!(refusals.get(), 0);
 }

@@ -315,7 +315,7 @@ impl Stream {
         };
         // The record first: whoever sees the answer finds it.
         match &error {
-            StreamError::Abandoned => given_up(&context.metrics, &known),
+            StreamError::Abandoned => given_up(&context.metrics, &known, &error),
             error => refused(&context.metrics, &known, error),
         }
         match (responder, &error) {

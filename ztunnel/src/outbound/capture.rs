@@ -179,7 +179,7 @@ async fn bring_up<'p>(
     };
     // The record first: whoever sees the reset finds it.
     match &error {
-        CaptureError::GivenUp => given_up(&context.metrics, &known),
+        CaptureError::GivenUp => given_up(&context.metrics, &known, &error),
         error => refused(&context.metrics, &known, error),
     }
     if let Some(socket) = socket {
