@@ -40,7 +40,7 @@ pub struct Config {
     )]
     pub listen: Vec<SocketAddr>,
 
-    /// Readiness, `GET /healthz/ready`.
+    /// Readiness (`/healthz/ready`), metrics (`/metrics`) and the log filter (`/logging`).
     #[arg(long, env = "CULVERT_ADMIN", default_value = "127.0.0.1:15014")]
     pub admin: SocketAddr,
 
@@ -52,6 +52,7 @@ pub struct Config {
     )]
     pub server_name: String,
 
+    /// Trust domain of the identities that are issued: `spiffe://TRUST_DOMAIN/ns/NAMESPACE/sa/ACCOUNT`.
     #[arg(long, env = "CULVERT_TRUST_DOMAIN", default_value = "cluster.local")]
     pub trust_domain: TrustDomain,
 
@@ -88,7 +89,7 @@ pub struct Config {
     pub node_tokens: PathBuf,
 
     /// Pod and Service ranges of the mesh. May be repeated.
-    #[arg(long, env = "CULVERT_MESH_RANGE", value_delimiter = ',')]
+    #[arg(long, env = "CULVERT_MESH_RANGE", value_delimiter = ',', value_parser = range)]
     pub mesh_range: Vec<IpNet>,
 
     /// DNS servers of the cluster. May be repeated.
@@ -103,17 +104,28 @@ pub struct Config {
 /// How strict the defaults are (settled D20).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum Profile {
+    /// Everything is admitted; what `medium` would refuse is counted.
     Low,
+    /// No plaintext; callers of the own namespace, others by rule.
     Medium,
+    /// Nothing without a rule.
     High,
 }
 
 /// What happens to destinations outside the mesh that nobody has declared.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum Egress {
+    /// They are passed through.
     Allow,
+    /// Refused, but for each `ExternalService`.
     RegistryOnly,
+    /// Refused.
     Deny,
+}
+
+fn range(text: &str) -> Result<IpNet, String> {
+    text.parse()
+        .map_err(|_| format!("{text:?} is no range; write one such as 10.0.0.0/8"))
 }
 
 fn lifetime(text: &str) -> Result<Duration, String> {
@@ -126,7 +138,7 @@ fn lifetime(text: &str) -> Result<Duration, String> {
         "s" => 1,
         "m" => 60,
         "h" => 3600,
-        _ => return Err(format!("{text:?} has no unit: write s, m or h")),
+        _ => return Err(format!("{text:?} has no unit that is known: write s, m or h")),
     };
     match number.checked_mul(factor) {
         Some(seconds @ 5..=86_400) => Ok(Duration::from_secs(seconds)),

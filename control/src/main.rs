@@ -58,8 +58,14 @@ async fn main() -> anyhow::Result<()> {
         fs::DirBuilder::new()
             .recursive(true)
             .mode(0o700)
-            .create(&config.state_dir)?;
+            .create(&config.state_dir)
+            .with_context(|| format!("cannot make the state folder {}", config.state_dir.display()))?;
     }
+    anyhow::ensure!(
+        config.config_dir.is_dir(),
+        "there is no folder {}; name the folder of YAML objects with --config-dir",
+        config.config_dir.display()
+    );
     let settings = Settings::from(&config);
     let authority = authority(&config)?;
     let addresses: Vec<_> = config.listen.iter().map(|address| address.ip()).collect();

@@ -163,7 +163,9 @@ impl Node {
         loop {
             match self.connection().await {
                 Ok(()) => tracing::warn!("agent has closed its socket; serving on"),
-                Err(error) => tracing::warn!(%error, "no agent; serving on"),
+                Err(error) => {
+                    tracing::warn!(socket = %self.path.display(), %error, "no agent; serving on");
+                }
             }
             tokio::time::sleep(Duration::from_millis(200)).await;
         }

@@ -90,7 +90,9 @@ impl Control {
 
 async fn tls(bundle: &Path) -> io::Result<Arc<ClientConfig>> {
     let invalid = |reason: String| io::Error::new(io::ErrorKind::InvalidData, reason);
-    let pem = tokio::fs::read(bundle).await?;
+    let unreadable =
+        |e: io::Error| io::Error::new(e.kind(), format!("trust bundle {}: {e}", bundle.display()));
+    let pem = tokio::fs::read(bundle).await.map_err(unreadable)?;
     let mut roots = RootCertStore::empty();
     for der in CertificateDer::pem_slice_iter(&pem) {
         let der = der.map_err(|e| invalid(format!("{}: {e}", bundle.display())))?;
@@ -114,7 +116,9 @@ pub struct Credentials(PathBuf);
 
 impl Interceptor for Credentials {
     fn call(&mut self, mut request: Request<()>) -> Result<Request<()>, Status> {
-        let unreadable = |reason: String| Status::unauthenticated(format!("{}: {reason}", self.0.display()));
+        let unreadable = |reason: String| {
+            Status::unauthenticated(format!("the node's token {}: {reason}", self.0.display()))
+        };
         let token = std::fs::read_to_string(&self.0).map_err(|e| unreadable(e.to_string()))?;
         let mut value: MetadataValue<Ascii> = format!("Bearer {}", token.trim())
             .parse()

@@ -67,7 +67,12 @@ pub fn check(slice: &EndpointSlice) -> Result<(), String> {
                 ));
             }
             Ok(_) => {}
-            Err(_) => return Err(format!("endpoints.addresses: {text:?} is no address")),
+            Err(_) => {
+                return Err(format!(
+                    "endpoints.addresses: {text:?} is no address; write an {} address",
+                    slice.address_type
+                ));
+            }
         }
     }
     for port in &slice.ports {

@@ -211,7 +211,7 @@ fn inbound(
 ) -> Result<security::Authorization, String> {
     let mut rules = vec![];
     for (index, one) in policy.spec.rules.iter().flatten().enumerate() {
-        let at = |why: String| format!("spec.rules[{index}]: {why}");
+        let at = |why: String| format!("spec.rules[{index}].{why}");
         if policy.spec.action == Action::Allow && needs_l7(one) {
             continue;
         }
@@ -278,20 +278,23 @@ fn inbound_rule(key: &Key, rule: &Rule) -> Result<security::Rule, String> {
         .to
         .iter()
         .map(|to| to_match(&to.operation))
-        .collect::<Result<_, _>>()?;
+        .collect::<Result<_, _>>()
+        .map_err(|why: String| format!("to.operation.{why}"))?;
     push(to);
     let from = rule
         .from
         .iter()
         .map(|from| source_match(key, &from.source))
-        .collect::<Result<_, _>>()?;
+        .collect::<Result<_, _>>()
+        .map_err(|why: String| format!("from.source.{why}"))?;
     push(from);
     for when in rule
         .when
         .iter()
         .filter(|when| L4_KEYS.contains(&when.key.as_str()))
     {
-        push(vec![when_match(when)?]);
+        let one = when_match(when).map_err(|why| format!("when[{}]: {why}", when.key))?;
+        push(vec![one]);
     }
     Ok(security::Rule { clauses })
 }
@@ -303,7 +306,9 @@ fn to_match(operation: &Operation) -> Result<Match, String> {
         ("ipBlocks", &operation.ip_blocks),
     ] {
         if !list.is_empty() {
-            return Err(format!("to.operation.{name} is for direction: Outbound alone"));
+            return Err(format!(
+                "{name} is for policies of direction: Outbound alone; here from.source says who may call"
+            ));
         }
     }
     Ok(Match {
@@ -315,12 +320,12 @@ fn to_match(operation: &Operation) -> Result<Match, String> {
 
 fn source_match(key: &Key, source: &Source) -> Result<Match, String> {
     Ok(Match {
-        principals: texts(&source.principals)?,
-        not_principals: texts(&source.not_principals)?,
-        namespaces: texts(&source.namespaces)?,
-        not_namespaces: texts(&source.not_namespaces)?,
-        service_accounts: accounts(key, &source.service_accounts)?,
-        not_service_accounts: accounts(key, &source.not_service_accounts)?,
+        principals: texts("principals", &source.principals)?,
+        not_principals: texts("notPrincipals", &source.not_principals)?,
+        namespaces: texts("namespaces", &source.namespaces)?,
+        not_namespaces: texts("notNamespaces", &source.not_namespaces)?,
+        service_accounts: accounts("serviceAccounts", key, &source.service_accounts)?,
+        not_service_accounts: accounts("notServiceAccounts", key, &source.not_service_accounts)?,
         source_ips: nets("ipBlocks", &source.ip_blocks)?,
         not_source_ips: nets("notIpBlocks", &source.not_ip_blocks)?,
         ..Match::default()
@@ -329,7 +334,7 @@ fn source_match(key: &Key, source: &Source) -> Result<Match, String> {
 
 fn when_match(when: &When) -> Result<Match, String> {
     if when.values.is_empty() && when.not_values.is_empty() {
-        return Err(format!("when {:?} has neither values nor notValues", when.key));
+        return Err("has neither values nor notValues; give one of them".to_owned());
     }
     let mut one = Match::default();
     match when.key.as_str() {
@@ -338,12 +343,12 @@ fn when_match(when: &When) -> Result<Match, String> {
             one.not_source_ips = nets("notValues", &when.not_values)?;
         }
         "source.namespace" => {
-            one.namespaces = texts(&when.values)?;
-            one.not_namespaces = texts(&when.not_values)?;
+            one.namespaces = texts("values", &when.values)?;
+            one.not_namespaces = texts("notValues", &when.not_values)?;
         }
         "source.principal" => {
-            one.principals = texts(&when.values)?;
-            one.not_principals = texts(&when.not_values)?;
+            one.principals = texts("values", &when.values)?;
+            one.not_principals = texts("notValues", &when.not_values)?;
         }
         "destination.ip" => {
             one.destination_ips = nets("values", &when.values)?;
@@ -370,7 +375,7 @@ fn outbound(
                  namespaces and ipBlocks; its sources are the pods that the policy selects"
             ));
         }
-        let at = |why: String| format!("spec.rules[{index}]: {why}");
+        let at = |why: String| format!("spec.rules[{index}].to.operation.{why}");
         if rule.to.is_empty() {
             rules.push(mesh::OutboundRule::default());
         }
@@ -390,10 +395,10 @@ fn outbound(
 
 fn outbound_rule(operation: &Operation) -> Result<mesh::OutboundRule, String> {
     Ok(mesh::OutboundRule {
-        namespaces: texts(&operation.namespaces)?,
-        not_namespaces: texts(&operation.not_namespaces)?,
-        principals: texts(&operation.principals)?,
-        not_principals: texts(&operation.not_principals)?,
+        namespaces: texts("namespaces", &operation.namespaces)?,
+        not_namespaces: texts("notNamespaces", &operation.not_namespaces)?,
+        principals: texts("principals", &operation.principals)?,
+        not_principals: texts("notPrincipals", &operation.not_principals)?,
         ips: nets("ipBlocks", &operation.ip_blocks)?,
         not_ips: nets("notIpBlocks", &operation.not_ip_blocks)?,
         ports: ports("ports", &operation.ports)?,
@@ -402,7 +407,7 @@ fn outbound_rule(operation: &Operation) -> Result<mesh::OutboundRule, String> {
 }
 
 /// `*` is any, `x*` a prefix, `*x` a suffix; a star elsewhere is refused rather than taken literally.
-fn texts(values: &[String]) -> Result<Vec<StringMatch>, String> {
+fn texts(field: &str, values: &[String]) -> Result<Vec<StringMatch>, String> {
     values
         .iter()
         .map(|value| {
@@ -420,7 +425,9 @@ fn texts(values: &[String]) -> Result<Vec<StringMatch>, String> {
                 MatchType::Presence(()) => "x",
             };
             if inner.is_empty() || inner.contains('*') {
-                return Err(format!("{value:?}: a star stands alone, first or last"));
+                return Err(format!(
+                    "{field}: {value:?}: a star stands alone, first or last; name what is in between"
+                ));
             }
             Ok(StringMatch {
                 match_type: Some(kind),
@@ -430,14 +437,14 @@ fn texts(values: &[String]) -> Result<Vec<StringMatch>, String> {
 }
 
 /// `name` in the policy's own namespace, or `namespace/name`.
-fn accounts(key: &Key, values: &[String]) -> Result<Vec<ServiceAccountMatch>, String> {
+fn accounts(field: &str, key: &Key, values: &[String]) -> Result<Vec<ServiceAccountMatch>, String> {
     values
         .iter()
         .map(|value| {
             let (namespace, name) = value.split_once('/').unwrap_or((&key.namespace, value));
             if namespace.is_empty() || name.is_empty() || name.contains('/') || value.contains('*') {
                 return Err(format!(
-                    "{value:?} is no service account: write name or namespace/name"
+                    "{field}: {value:?} is no service account: write name or namespace/name"
                 ));
             }
             Ok(ServiceAccountMatch {
@@ -455,8 +462,9 @@ fn nets(field: &str, values: &[String]) -> Result<Vec<security::Address>, String
             let net = value
                 .parse::<IpNet>()
                 .or_else(|_| value.parse::<IpAddr>().map(IpNet::from));
-            net.map(|net| address(net.trunc()))
-                .map_err(|_| format!("{field}: {value:?} is no address or CIDR"))
+            net.map(|net| address(net.trunc())).map_err(|_| {
+                format!("{field}: {value:?} is no address or CIDR; write 10.0.0.1 or 10.0.0.0/8")
+            })
         })
         .collect()
 }
@@ -466,7 +474,9 @@ fn ports(field: &str, values: &[String]) -> Result<Vec<u32>, String> {
         .iter()
         .map(|value| match value.parse::<u16>() {
             Ok(port) if port != 0 => Ok(port.into()),
-            _ => Err(format!("{field}: {value:?} is no port")),
+            _ => Err(format!(
+                "{field}: {value:?} is no port; a port is from 1 to 65535"
+            )),
         })
         .collect()
 }

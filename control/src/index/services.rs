@@ -116,9 +116,9 @@ fn vips(service: &Service) -> Result<Vec<IpAddr>, String> {
         if text.is_empty() || text == "None" {
             continue;
         }
-        let ip = text
-            .parse()
-            .map_err(|_| format!("spec.clusterIPs: {text:?} is no address"))?;
+        let ip = text.parse().map_err(|_| {
+            format!("spec.clusterIPs: {text:?} is no address; write an IPv4 or IPv6 address, or None")
+        })?;
         if !ips.contains(&ip) {
             ips.push(ip);
         }
@@ -279,8 +279,9 @@ fn ranges(external: &ExternalService) -> Result<Vec<IpNet>, String> {
             let net = text
                 .parse::<IpNet>()
                 .or_else(|_| text.parse::<IpAddr>().map(IpNet::from));
-            net.map(|net| net.trunc())
-                .map_err(|_| format!("spec.cidrs: {text:?} is no address or CIDR"))
+            net.map(|net| net.trunc()).map_err(|_| {
+                format!("spec.cidrs: {text:?} is no address or CIDR; write 192.0.2.1 or 192.0.2.0/24")
+            })
         })
         .collect()
 }

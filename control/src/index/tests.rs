@@ -269,7 +269,7 @@ fn what_cannot_be_carried_is_refused_by_name_with_the_remedy() {
         (
             "identity that is no SPIFFE ID",
             pod("p", "10.0.0.1", ", annotations: {culvert.dev/identity: 'https://x'}"),
-            "culvert.dev/identity: \"https://x\" is no SPIFFE ID",
+            "culvert.dev/identity: not a SPIFFE ID",
         ),
         (
             "identity of another trust domain",

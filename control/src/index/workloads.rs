@@ -25,6 +25,9 @@ const EXCLUDE_OUTBOUND: &str = "culvert.dev/exclude-outbound-ports";
 const EXCLUDE_CIDRS: &str = "culvert.dev/exclude-outbound-cidrs";
 const IDENTITY: &str = "culvert.dev/identity";
 
+const PORT: &str = "port; write ports from 1 to 65535, with commas between them";
+const CIDR: &str = "CIDR; write ranges such as 10.0.0.0/8, with commas between them";
+
 /// Refuses what cannot be converted; says what the pod holds for itself alone.
 pub fn check_pod(key: &Key, pod: &Pod, settings: &Settings) -> Result<Vec<Claim>, String> {
     facts(key, pod, &Objects::default(), Phase::Out, settings)?;
@@ -45,7 +48,9 @@ pub fn check_declared(key: &Key, declared: &Declared, settings: &Settings) -> Re
     }
     let claim = |text: &String| match text.parse() {
         Ok(ip) => Ok(Claim::Address(ip)),
-        Err(_) => Err(format!("spec.addresses: {text:?} is no address")),
+        Err(_) => Err(format!(
+            "spec.addresses: {text:?} is no address; write an IPv4 or IPv6 address"
+        )),
     };
     spec.addresses.iter().map(claim).collect()
 }
@@ -96,15 +101,15 @@ fn identity(key: &Key, account: &str, asked: Option<&str>, settings: &Settings) 
     let id = match asked {
         Some(id) => id
             .parse::<SpiffeId>()
-            .map_err(|error| format!("{id:?} is no SPIFFE ID: {error}"))?,
+            .map_err(|error| format!("{error}; write spiffe://{}/PATH", settings.trust_domain))?,
         None => SpiffeId::from_template(&settings.trust_domain, &key.namespace, or(account, "default"))
             .map_err(|error| error.to_string())?,
     };
     if id.trust_domain() != settings.trust_domain.as_str() {
+        let domain = &settings.trust_domain;
         return Err(format!(
-            "{:?} is not of trust domain {}, whose identities alone are issued here",
+            "{:?} is not of trust domain {domain}, whose identities alone are issued here; write spiffe://{domain}/PATH",
             id.as_str(),
-            settings.trust_domain
         ));
     }
     Ok(id)
@@ -142,9 +147,9 @@ pub fn facts(
         refuse_plaintext: phase.refuses_plaintext(),
         namespace_apart: !namespace_takes_part(objects, &key.namespace),
         probe_ports: probe_ports(pod),
-        exclude_inbound_ports: list(EXCLUDE_INBOUND, annotation(EXCLUDE_INBOUND))?,
-        exclude_outbound_ports: list(EXCLUDE_OUTBOUND, annotation(EXCLUDE_OUTBOUND))?,
-        exclude_outbound_nets: list(EXCLUDE_CIDRS, annotation(EXCLUDE_CIDRS))?,
+        exclude_inbound_ports: list(EXCLUDE_INBOUND, annotation(EXCLUDE_INBOUND), PORT)?,
+        exclude_outbound_ports: list(EXCLUDE_OUTBOUND, annotation(EXCLUDE_OUTBOUND), PORT)?,
+        exclude_outbound_nets: list(EXCLUDE_CIDRS, annotation(EXCLUDE_CIDRS), CIDR)?,
     })
 }
 
@@ -154,7 +159,8 @@ fn is_uid(uid: &str) -> bool {
     uid.len() <= 128 && uid.bytes().all(fits)
 }
 
-fn list<T: std::str::FromStr>(name: &str, value: Option<&str>) -> Result<Vec<T>, String> {
+/// A list with commas; `what` says what its items are.
+fn list<T: std::str::FromStr>(name: &str, value: Option<&str>, what: &str) -> Result<Vec<T>, String> {
     value
         .unwrap_or_default()
         .split(',')
@@ -162,7 +168,7 @@ fn list<T: std::str::FromStr>(name: &str, value: Option<&str>) -> Result<Vec<T>,
         .filter(|part| !part.is_empty())
         .map(|part| {
             part.parse()
-                .map_err(|_| format!("annotation {name}: {part:?} is not understood"))
+                .map_err(|_| format!("metadata.annotations: {name}: {part:?} is no {what}"))
         })
         .collect()
 }
@@ -209,7 +215,7 @@ fn pod_ips(pod: &Pod) -> Result<Vec<IpAddr>, String> {
     for text in all.chain(one) {
         let ip = text
             .parse()
-            .map_err(|_| format!("status.podIPs: {text:?} is no address"))?;
+            .map_err(|_| format!("status.podIPs: {text:?} is no address; write an IPv4 or IPv6 address"))?;
         if !ips.contains(&ip) {
             ips.push(ip);
         }

@@ -15,9 +15,10 @@ const MIN_BYTES: usize = 16;
 impl Tokens {
     /// Reads a YAML map of token to node name.
     pub fn read(path: &Path) -> anyhow::Result<Self> {
-        let text = std::fs::read_to_string(path).with_context(|| path.display().to_string())?;
-        let map: BTreeMap<String, String> =
-            serde_yaml::from_str(&text).with_context(|| path.display().to_string())?;
+        let text = std::fs::read_to_string(path)
+            .with_context(|| format!("the nodes' join tokens, {}", path.display()))?;
+        let map: BTreeMap<String, String> = serde_yaml::from_str(&text)
+            .with_context(|| format!("{} is no YAML map of join token to node name", path.display()))?;
         Self::new(map)
     }
 

@@ -167,7 +167,9 @@ async fn t52_messages_without_measure_are_refused_before_they_are_taken_in() {
         "{refused:?}"
     );
     let mut ads =
-        AggregatedDiscoveryServiceClient::with_interceptor(control.channel().unwrap(), control.credentials());
+        AggregatedDiscoveryServiceClient::with_interceptor(control.channel().unwrap(), control.credentials())
+            // Whatever were said to them, it would be read here.
+            .max_decoding_message_size(64 << 20);
     let name = "x".repeat(1000);
     for (names, code) in [
         (vec!["x".repeat(2_000)], Some(Code::InvalidArgument)),

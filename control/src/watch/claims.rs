@@ -121,7 +121,7 @@ impl Claims {
                     };
                     self.holders.get(&claim)?.first()
                 };
-                let what = format!("the addresses of range {}, inside {},", narrow.1, wide.1);
+                let what = format!("the addresses of range {} (inside {})", narrow.1, wide.1);
                 Some(conflict(holder(wide)?, holder(narrow)?, &what))
             });
         twice.chain(overlaps)

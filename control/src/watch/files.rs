@@ -302,8 +302,45 @@ fn documents(text: &str) -> Vec<(usize, &str)> {
 type Refused = (usize, String);
 
 fn parse<T: DeserializeOwned>(document: &str) -> Result<T, Refused> {
-    serde_yaml::from_str(document)
-        .map_err(|error| (error.location().map_or(1, |at| at.line()), error.to_string()))
+    serde_yaml::from_str(document).map_err(|error| {
+        let line = error.location().map_or(1, |at| at.line());
+        (line, readable(&error.to_string()))
+    })
+}
+
+/// The parser's message in the words of whoever wrote the file.
+fn readable(message: &str) -> String {
+    let mut text = without_places(message);
+    for (word, meaning) in [
+        ("expected u16", "expected a whole number from 0 to 65535"),
+        ("expected u32", "expected a whole number"),
+        ("expected a sequence", "expected a list"),
+        (
+            "expected struct Head",
+            "expected an object: a map with apiVersion, kind and metadata",
+        ),
+    ] {
+        text = text.replace(word, meaning);
+    }
+    match text.find("expected struct ") {
+        Some(at) => text[..at].to_owned() + "expected a map of fields",
+        None => text,
+    }
+}
+
+/// Places in it count from the document's start; the mistake has the file's own line.
+fn without_places(message: &str) -> String {
+    const PLACE: &str = " at line ";
+    fn after_digits(text: &str) -> &str {
+        text.trim_start_matches(|c: char| c.is_ascii_digit())
+    }
+    let (mut text, mut rest) = (String::new(), message);
+    while let Some(at) = rest.find(PLACE) {
+        text.push_str(&rest[..at]);
+        rest = after_digits(&rest[at + PLACE.len()..]);
+        rest = rest.strip_prefix(" column ").map_or(rest, after_digits);
+    }
+    text + rest
 }
 
 #[derive(Deserialize)]
@@ -325,12 +362,12 @@ fn take(document: &str) -> Result<(ObjectId, Object), Refused> {
         ));
     }
     let head: Head = parse(document)?;
+    let kind = kind_of(&head.api_version, &head.kind)?;
     let metadata = head.metadata.unwrap_or_default();
     if metadata.name.is_empty() {
         return Err((1, "metadata.name is missing; every object has a name".to_owned()));
     }
-    let object = read_kind(&head.api_version, &head.kind, document)?;
-    let kind = object.kind();
+    let object = read_kind(kind, document)?;
     let namespace = match kind {
         Kind::Namespace | Kind::Node => String::new(),
         _ if metadata.namespace.is_empty() => {
@@ -351,33 +388,46 @@ fn take(document: &str) -> Result<(ObjectId, Object), Refused> {
     Ok((ObjectId { kind, key }, object))
 }
 
-fn read_kind(api_version: &str, kind: &str, document: &str) -> Result<Object, Refused> {
+fn kind_of(api_version: &str, kind: &str) -> Result<Kind, Refused> {
+    let group = api_version.rsplit_once('/').map_or("", |(group, _)| group);
+    Ok(match (group, kind) {
+        ("", "Namespace") => Kind::Namespace,
+        ("", "Node") => Kind::Node,
+        ("", "Pod") => Kind::Pod,
+        ("", "Service") => Kind::Service,
+        ("discovery.k8s.io", "EndpointSlice") => Kind::EndpointSlice,
+        ("culvert.dev", "Workload") => Kind::Workload,
+        ("culvert.dev", "ExternalService") => Kind::ExternalService,
+        ("culvert.dev" | "security.istio.io", "AuthorizationPolicy") => Kind::AuthorizationPolicy,
+        ("culvert.dev" | "security.istio.io", "PeerAuthentication") => Kind::PeerAuthentication,
+        _ => {
+            return Err((
+                1,
+                format!(
+                    "kind {kind:?} of apiVersion {api_version:?} is not read here; known are Namespace, Node, Pod, \
+                     Service (v1), EndpointSlice (discovery.k8s.io/v1), Workload, ExternalService, \
+                     AuthorizationPolicy, PeerAuthentication (culvert.dev/v1alpha1; the last two also \
+                     security.istio.io/v1)"
+                ),
+            ));
+        }
+    })
+}
+
+fn read_kind(kind: Kind, document: &str) -> Result<Object, Refused> {
     fn of<T: DeserializeOwned>(document: &str, make: fn(Arc<T>) -> Object) -> Result<Object, Refused> {
         parse(document).map(|one| make(Arc::new(one)))
     }
-    let group = api_version.rsplit_once('/').map_or("", |(group, _)| group);
-    match (group, kind) {
-        ("", "Namespace") => of(document, Object::Namespace),
-        ("", "Node") => of(document, Object::Node),
-        ("", "Pod") => of(document, Object::Pod),
-        ("", "Service") => of(document, Object::Service),
-        ("discovery.k8s.io", "EndpointSlice") => of(document, Object::EndpointSlice),
-        ("culvert.dev", "Workload") => of(document, Object::Workload),
-        ("culvert.dev", "ExternalService") => of(document, Object::ExternalService),
-        ("culvert.dev" | "security.istio.io", "AuthorizationPolicy") => {
-            of(document, Object::AuthorizationPolicy)
-        }
-        ("culvert.dev" | "security.istio.io", "PeerAuthentication") => {
-            of(document, Object::PeerAuthentication)
-        }
-        _ => Err((
-            1,
-            format!(
-                "kind {kind:?} of apiVersion {api_version:?} is not read here; known are Namespace, Node, Pod, \
-                 Service (v1), EndpointSlice (discovery.k8s.io/v1), Workload, ExternalService, AuthorizationPolicy, \
-                 PeerAuthentication (culvert.dev/v1alpha1; the last two also security.istio.io/v1)"
-            ),
-        )),
+    match kind {
+        Kind::Namespace => of(document, Object::Namespace),
+        Kind::Node => of(document, Object::Node),
+        Kind::Pod => of(document, Object::Pod),
+        Kind::Service => of(document, Object::Service),
+        Kind::EndpointSlice => of(document, Object::EndpointSlice),
+        Kind::Workload => of(document, Object::Workload),
+        Kind::ExternalService => of(document, Object::ExternalService),
+        Kind::AuthorizationPolicy => of(document, Object::AuthorizationPolicy),
+        Kind::PeerAuthentication => of(document, Object::PeerAuthentication),
     }
 }
 

@@ -87,7 +87,9 @@ struct Options {
 
 fn main() -> Result<()> {
     let options = Options::parse();
-    privileges::close_process().context("giving up privileges")?;
+    privileges::close_process().context(
+        "giving up privileges; the agent starts as root, with SYS_ADMIN and NET_ADMIN, which it keeps",
+    )?;
     let records = records::Records::open(&options.run_dir)
         .with_context(|| format!("run folder {}", options.run_dir.display()))?;
     std::fs::create_dir_all(&options.socket_dir)
@@ -133,7 +135,8 @@ async fn run(
         name: options.control_name,
         token: options.token,
     };
-    control.channel().context("control")?;
+    // A mistake in its address ends the agent at once; what is not there yet does not.
+    control.channel()?;
     tracing::info!(node = options.node, "the agent looks after its pods");
     let mut tasks = tokio::task::JoinSet::new();
     tasks.spawn(pods.run(queue));

@@ -62,7 +62,17 @@ fn a_mistake_is_named_with_file_and_line() {
             13,
             "principles",
         ),
-        ("wrong type", policy("  rules: yes\n"), 10, "rules"),
+        ("wrong type", policy("  rules: yes\n"), 10, "expected a list"),
+        (
+            "no port",
+            format!(
+                "{NAMESPACE}---\napiVersion: v1\nkind: Service\nmetadata: {{name: a, namespace: shop}}\nspec:\n  ports:\n  - port: many\n"
+            ),
+            11,
+            "spec.ports[0].port: invalid type: string \"many\", expected a whole number from 0 to 65535",
+        ),
+        ("no object", "text\n".to_owned(), 1, "expected an object"),
+        ("cut short", policy("  rules: [\n"), 11, "while parsing a flow"),
         ("twice", format!("{NAMESPACE}---\n{NAMESPACE}"), 6, "twice"),
         (
             "no name",
@@ -71,10 +81,10 @@ fn a_mistake_is_named_with_file_and_line() {
             "metadata.name",
         ),
         (
-            "unknown kind",
-            "apiVersion: v1\nkind: Secret\nmetadata: {name: x}\n".to_owned(),
+            "unknown kind, which may have no name",
+            "apiVersion: v1\nkind: List\nitems: []\n".to_owned(),
             1,
-            "Secret",
+            "\"List\" of apiVersion",
         ),
     ] {
         let dir = folder(&[("p.yaml", &text)]);
@@ -83,6 +93,7 @@ fn a_mistake_is_named_with_file_and_line() {
             panic!("{case}: {mistakes:?}")
         };
         assert!(mistake.what.contains(says), "{case}: {mistake}");
+        assert!(!mistake.what.contains(" at line "), "{case}: {mistake}");
         assert!(
             mistake.line.abs_diff(line) <= 1,
             "{case}: {mistake}, wanted about line {line}"

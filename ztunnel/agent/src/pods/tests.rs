@@ -576,7 +576,10 @@ fn t57_strangers_and_garbage_are_sent_away_and_the_agent_lives() {
             message: Some(from_ztunnel::Message::Hello(hello)),
         };
         old.send(&hello, &[]).await.unwrap();
-        while let Ok(Some(_)) = old.recv_bytes().await {}
+        let sent_away = async { while let Ok(Some(_)) = old.recv_bytes().await {} };
+        tokio::time::timeout(Duration::from_secs(10), sent_away)
+            .await
+            .expect("another version is sent away");
         let file = std::fs::File::open("/dev/null").unwrap();
         let ztunnel = agent.ztunnel().await;
         ztunnel.pod().await;

@@ -63,12 +63,15 @@ async fn stream(control: &Control, events: &mpsc::Sender<Event>) -> String {
     }
 }
 
-/// A status with its causes, which tonic keeps out of the message.
+/// A status with its causes, which tonic keeps out of the message; none twice.
 fn described(status: &tonic::Status) -> String {
-    let mut text = format!("{}: {}", status.code(), status.message());
+    let mut text = status.message().to_owned();
     let mut cause = std::error::Error::source(status);
     while let Some(error) = cause {
-        text = format!("{text}: {error}");
+        let said = error.to_string();
+        if !text.contains(&said) {
+            text = format!("{text}: {said}");
+        }
         cause = error.source();
     }
     text
