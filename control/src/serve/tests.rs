@@ -230,6 +230,83 @@ async fn t52_deep_nesting_in_a_request_is_refused_before_it_is_read() {
     assert!(unread.message().contains("recursion"), "{unread:?}");
 }
 
+/// The head of a gRPC message of a gibibyte, and as much of it as is taken until the port ends the call; how
+/// many bytes that were.
+async fn a_gibibyte(port: &Port, path: &str) -> usize {
+    use rustls_pki_types::{CertificateDer, pem::PemObject};
+    let mut roots = rustls::RootCertStore::empty();
+    for root in CertificateDer::pem_file_iter(port.folder.path().join("root.pem")).unwrap() {
+        roots.add(root.unwrap()).unwrap();
+    }
+    let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
+    let mut config = rustls::ClientConfig::builder_with_provider(provider)
+        .with_safe_default_protocol_versions()
+        .unwrap()
+        .with_root_certificates(roots)
+        .with_no_client_auth();
+    config.alpn_protocols = vec![b"h2".to_vec()];
+    let socket = TcpStream::connect(port.address).await.unwrap();
+    let name = "control.example".try_into().unwrap();
+    let tls = tokio_rustls::TlsConnector::from(Arc::new(config))
+        .connect(name, socket)
+        .await
+        .unwrap();
+    let (requests, connection) = h2::client::handshake(tls).await.unwrap();
+    tokio::spawn(connection);
+    let request = http::Request::post(format!("https://control.example{path}"))
+        .header("content-type", "application/grpc")
+        .header("te", "trailers")
+        .header("authorization", format!("Bearer {TOKEN}"))
+        .body(())
+        .unwrap();
+    let (answer, mut send) = requests
+        .ready()
+        .await
+        .unwrap()
+        .send_request(request, false)
+        .unwrap();
+    send.send_data(bytes::Bytes::from_static(&[0, 0x40, 0, 0, 0]), false)
+        .unwrap();
+    let mut taken = 0;
+    let pour = async {
+        while taken < 1 << 30 {
+            send.reserve_capacity(64 << 10);
+            let Some(Ok(room)) = std::future::poll_fn(|cx| send.poll_capacity(cx)).await else {
+                return;
+            };
+            if send.send_data(vec![b'x'; room].into(), false).is_err() {
+                return;
+            }
+            taken += room;
+        }
+    };
+    let ends = async {
+        if let Ok(answer) = answer.await {
+            let mut body = answer.into_body();
+            while body.data().await.is_some_and(|data| data.is_ok()) {}
+        }
+    };
+    let both = async { tokio::join!(pour, ends) };
+    tokio::time::timeout(Duration::from_secs(20), both)
+        .await
+        .expect("the call is ended");
+    taken
+}
+
+#[tokio::test]
+async fn t52_a_message_of_a_gibibyte_is_refused_by_its_head() {
+    let port = open().await;
+    for path in [
+        "/envoy.service.discovery.v3.AggregatedDiscoveryService/DeltaAggregatedResources",
+        "/istio.v1.auth.IstioCertificateService/CreateCertificate",
+    ] {
+        let taken = a_gibibyte(&port, path).await;
+        // What its windows let in at once, and no more.
+        assert!(taken < 32 << 20, "{path}: {taken} bytes were taken");
+    }
+    port.ask_all(TOKEN).await[1].as_ref().unwrap();
+}
+
 #[tokio::test]
 async fn a_node_that_holds_a_hundred_thousand_workloads_resumes() {
     const HELD: usize = 100_000;
