@@ -8,4 +8,5 @@
 
 pub mod claims;
 pub mod files;
+mod mistake;
 pub mod objects;

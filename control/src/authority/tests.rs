@@ -1,3 +1,5 @@
+//! What the CA signs, and what of a request it takes.
+
 use super::*;
 
 fn csr(key: &KeyPair, change: impl FnOnce(&mut CertificateParams)) -> String {

@@ -1,3 +1,5 @@
+//! Objects in, resources out, as nodes decode them.
+
 use super::*;
 use crate::watch::{claims::Claims, files::tests::changes};
 use culvert_core::{
@@ -266,6 +268,7 @@ fn what_cannot_be_carried_is_refused_by_name_with_the_remedy() {
         ("port 0", cart("type: ClusterIP").replace("port: 80,", "port: 0,"), "a port is from 1 to 65535"),
         ("pod address", pod("p", "10.0.0.300", ""), "status.podIPs: \"10.0.0.300\""),
         ("no uid", pod("p", "10.0.0.1", "").replace("uid: u-p", "uid: ''"), "metadata.uid is missing"),
+        ("uid of a path", pod("p", "10.0.0.1", "").replace("uid: u-p", "uid: ../u"), "\"../u\" is no UID"),
         (
             "identity that is no SPIFFE ID",
             pod("p", "10.0.0.1", ", annotations: {culvert.dev/identity: 'https://x'}"),

@@ -2,7 +2,7 @@
 //!
 //! Invariant: the folder is good only while no claim has two holders.
 
-use super::{files::Mistake, objects::ObjectId};
+use super::{mistake::Mistake, objects::ObjectId};
 use ipnet::IpNet;
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap},

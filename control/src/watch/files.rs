@@ -8,6 +8,7 @@
 
 use super::{
     claims::{Claim, Claims},
+    mistake::Mistake,
     objects::{Change, Key, Kind, Metadata, Object, ObjectId},
 };
 use notify::{RecursiveMode, Watcher};
@@ -15,7 +16,7 @@ use parking_lot::Mutex;
 use serde::{Deserialize, de::DeserializeOwned};
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
-    fmt, fs, io,
+    fs, io,
     os::unix::fs::MetadataExt,
     path::{Path, PathBuf},
     sync::Arc,
@@ -34,20 +35,6 @@ const DEBOUNCE: Duration = Duration::from_millis(20);
 
 /// How often the folder is read though nothing was heard: a net under lost notifications.
 const POLL: Duration = Duration::from_secs(5);
-
-/// A mistake in a file.
-#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
-pub struct Mistake {
-    pub file: PathBuf,
-    pub line: usize,
-    pub what: String,
-}
-
-impl fmt::Display for Mistake {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}:{}: {}", self.file.display(), self.line, self.what)
-    }
-}
 
 /// Judges one object by itself: what it claims for itself alone, or why it is not taken.
 pub type Check = Arc<dyn Fn(&Object) -> Result<Vec<Claim>, String> + Send + Sync>;

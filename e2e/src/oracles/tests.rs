@@ -1,3 +1,5 @@
+//! The judges judge: each goes red for what it is to find.
+
 use std::io::ErrorKind;
 use std::net::SocketAddr;
 

@@ -17,9 +17,12 @@ pub mod rules;
 mod wall;
 
 pub use gate::Gate;
-pub use rules::{Marks, Rules};
+pub use rules::Rules;
 
-use crate::netns::{NetlinkError, Netns};
+use crate::{
+    marks::Marks,
+    netns::{NetlinkError, Netns},
+};
 use changes::Changes;
 use nlink::{
     Connection, Nftables,

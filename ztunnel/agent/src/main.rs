@@ -10,10 +10,12 @@
 #![forbid(unsafe_code)]
 
 mod capture;
+mod events;
 mod guard;
 #[cfg(test)]
 mod lab;
 mod listeners;
+mod marks;
 mod netns;
 mod orders;
 mod pods;

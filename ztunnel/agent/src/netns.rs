@@ -139,7 +139,7 @@ pub enum NetlinkError {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{capture::Marks, lab::Lab};
+    use crate::{lab::Lab, marks::Marks};
 
     #[tokio::test]
     async fn t40_a_namespace_is_found_by_its_inode_and_by_nothing_else() {

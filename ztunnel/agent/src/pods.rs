@@ -12,14 +12,14 @@ mod instances;
 mod pod;
 
 use crate::{
-    capture::Marks,
+    events::{Add, Event, Outgoing, Verdict},
     guard::Host,
     listeners,
+    marks::Marks,
     netns::{Netns, Places},
     orders::{PodOrder, Settings, address, port},
     records::{Apart, Record, Records, is_uid},
-    serve::{Outgoing, Sources},
-    watch::cni::Add,
+    serve::Sources,
 };
 use culvert_proto::{
     agent::{self, from_agent, from_ztunnel},
@@ -46,37 +46,6 @@ const LOOKS_FOR_RETURN: u64 = 4;
 /// Looks between two reports of counters, and between two readings of the node's addresses.
 const LOOKS_PER_REPORT: u64 = 10;
 const LOOKS_PER_ADDRESSES: u64 = 20;
-
-pub type Verdict = Result<(), String>;
-
-/// What can happen to the agent.
-#[derive(Debug)]
-pub enum Event {
-    Add {
-        netns: OwnedFd,
-        add: Add,
-        reply: oneshot::Sender<Verdict>,
-    },
-    Del {
-        uid: String,
-        reply: oneshot::Sender<Verdict>,
-    },
-    ControlFound(mpsc::Sender<NodeReport>),
-    ControlLost,
-    Order(node::NodeOrder),
-    Joined {
-        instance: u64,
-        outgoing: mpsc::Sender<Outgoing>,
-    },
-    Said {
-        instance: u64,
-        message: from_ztunnel::Message,
-        fds: Vec<OwnedFd>,
-    },
-    Left {
-        instance: u64,
-    },
-}
 
 /// What the owner is started with.
 #[derive(Debug)]

@@ -4,7 +4,7 @@
 //! new one. Records are a memory of pods, never a proof: capture is looked at anew after every start.
 
 use crate::{
-    capture::Marks,
+    marks::Marks,
     orders::{PodOrder, Settings},
 };
 use serde::{Deserialize, Serialize, de::DeserializeOwned};

@@ -8,9 +8,9 @@
 //! and a queue whose overflow ends the connection, since a ztunnel that does not read cannot serve.
 
 use crate::{
+    events::{Event, Outgoing},
     listeners::{Wanted, outbound_sockets},
     netns::Netns,
-    pods::Event,
 };
 use culvert_io::{
     agent_socket::{Channel, Listener, SocketError, VERSION},
@@ -38,19 +38,6 @@ const BETWEEN_ACCEPTS: Duration = Duration::from_millis(200);
 
 /// Messages that wait for an instance: two for each pod of a large node.
 const QUEUE: usize = 2048;
-
-/// One message and the descriptors that go with it.
-#[derive(Debug, Clone)]
-pub struct Outgoing {
-    pub message: from_agent::Message,
-    pub fds: Vec<Arc<OwnedFd>>,
-}
-
-impl From<from_agent::Message> for Outgoing {
-    fn from(message: from_agent::Message) -> Self {
-        Self { message, fds: vec![] }
-    }
-}
 
 /// Where outbound sockets of the captured pods are made.
 #[derive(Debug, Clone, Default)]

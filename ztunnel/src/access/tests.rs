@@ -1,3 +1,5 @@
+//! Records as a log reader sees them, field by field.
+
 use super::*;
 use crate::fixtures::{CART, WEB, service, snapshot, workload};
 use std::net::SocketAddr;

@@ -1,3 +1,5 @@
+//! Series of pairs, bounded, and the page that the documentation describes.
+
 use super::{
     pairs::{MAX_PAIRS, Party},
     *,

@@ -1,3 +1,5 @@
+//! A child behind the filter tries what it must not do.
+
 use super::*;
 use crate::privilege;
 use nix::{

@@ -1,3 +1,5 @@
+//! The evaluator by tables, and against a naive one at random.
+
 use super::*;
 use proptest::prelude::*;
 

@@ -1,3 +1,5 @@
+//! Changes applied in turn, and what look-ups answer then.
+
 use super::*;
 use crate::{
     ids::NetworkId,

@@ -1,3 +1,5 @@
+//! Both ends of a tunnel over loopback, with real TLS between them.
+
 use super::*;
 use crate::{
     budget::{Budget, Buffers},

@@ -1,3 +1,5 @@
+//! Identities from one process to the next, and under revocation lists and clocks.
+
 use super::*;
 use crate::{
     agent_socket::{Channel, Peer},

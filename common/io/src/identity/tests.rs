@@ -1,3 +1,5 @@
+//! SVIDs against a scripted CA: what is taken, kept, renewed and refused.
+
 use super::*;
 use crate::tls::tests::{Authority, CART, WEB};
 use culvert_proto::ca::{

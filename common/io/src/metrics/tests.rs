@@ -1,3 +1,5 @@
+//! Pages of metrics, as a scraper reads them.
+
 use super::*;
 use std::time::{Duration, Instant};
 

@@ -9,6 +9,9 @@ use x509_parser::{
     time::ASN1Time,
 };
 
+/// Most certificates in a chain, the leaf included.
+pub const MAX_CHAIN: usize = 5;
+
 /// Why a certificate is no X.509-SVID.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum LeafError {

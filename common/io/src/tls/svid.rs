@@ -2,7 +2,7 @@
 
 use super::{
     bundle::TrustBundles,
-    leaf::{LeafError, instant, leaf_identity, parse},
+    leaf::{LeafError, MAX_CHAIN, instant, leaf_identity, parse},
     verify::VerifyError,
 };
 use culvert_core::ids::SpiffeId;
@@ -37,9 +37,6 @@ pub enum SvidError {
     #[error(transparent)]
     Leaf(#[from] LeafError),
 }
-
-/// Most certificates in a chain, the leaf included.
-pub const MAX_CHAIN: usize = 5;
 
 impl Svid {
     /// Reads a PEM chain, leaf first, and its PEM key.

@@ -1,3 +1,5 @@
+//! Certificates of every shape against the verifier of both ends.
+
 mod hostile;
 
 use super::{verify::Verifier, *};

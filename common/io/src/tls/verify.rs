@@ -2,8 +2,7 @@
 
 use super::{
     bundle::TrustBundles,
-    leaf::{LeafError, check_intermediate, leaf_expiry, leaf_identity},
-    svid::MAX_CHAIN,
+    leaf::{LeafError, MAX_CHAIN, check_intermediate, leaf_expiry, leaf_identity},
 };
 use culvert_core::ids::SpiffeId;
 use rustls::{

@@ -1,7 +1,7 @@
 //! The delta ADS client.
 
 use super::{
-    decode::{self, DecodeError, decode_sharing},
+    decode::{self, DecodeError, TYPES, decode_sharing},
     last_good::{self, QUESTION, Recorder, Saved},
     questions::{Question, Questions},
     response::{self, Response},
@@ -47,14 +47,6 @@ pub struct Settings {
     /// Folder of the last good state; none is kept without it.
     pub state: Option<PathBuf>,
 }
-
-/// Types in the order in which they are asked for: settings and policies before what names them.
-pub(super) const TYPES: [&str; 4] = [
-    type_url::MESH_CONFIG,
-    type_url::AUTHORIZATION,
-    type_url::OUTBOUND_POLICY,
-    type_url::ADDRESS,
-];
 
 /// How long a look-up waits for control's answer (settled D12).
 const ANSWER_DEADLINE: Duration = Duration::from_secs(5);

@@ -23,6 +23,14 @@ use std::{
     sync::Arc,
 };
 
+/// Types in the order in which they are asked for: settings and policies before what names them.
+pub(super) const TYPES: [&str; 4] = [
+    type_url::MESH_CONFIG,
+    type_url::AUTHORIZATION,
+    type_url::OUTBOUND_POLICY,
+    type_url::ADDRESS,
+];
+
 /// Why a resource is refused.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum DecodeError {

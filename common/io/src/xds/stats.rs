@@ -1,6 +1,6 @@
 //! What the stream to control has carried, for metrics.
 
-use super::client::TYPES;
+use super::decode::TYPES;
 use parking_lot::Mutex;
 use std::{
     sync::atomic::{AtomicU64, Ordering},

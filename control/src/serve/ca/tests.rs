@@ -1,3 +1,5 @@
+//! Requests for certificates by the tokens of two nodes.
+
 use super::*;
 use crate::{
     authority::Authority,

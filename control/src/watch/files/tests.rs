@@ -1,3 +1,5 @@
+//! Folders, right and wrong, and what is given out or said of them.
+
 use super::*;
 
 /// The objects of a YAML text, each as a change.

@@ -1,3 +1,5 @@
+//! Recordings made by hand, and what is found in them.
+
 use std::net::Ipv4Addr;
 
 use super::packet::Segment;

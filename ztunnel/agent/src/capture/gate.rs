@@ -7,11 +7,11 @@
 //!
 //! Invariant: what is dropped here no rule of ours and no part of connection tracking has seen.
 
-use super::{
-    fresh_table,
-    rules::{Marks, first_syn},
+use super::{fresh_table, rules::first_syn};
+use crate::{
+    marks::Marks,
+    netns::{NetlinkError, Netns},
 };
-use crate::netns::{NetlinkError, Netns};
 use nlink::{
     Connection, Nftables,
     netlink::nftables::{BaseChain, Chain, Family, FilterHook, Policy, Priority, Rule},

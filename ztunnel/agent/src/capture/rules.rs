@@ -3,7 +3,10 @@
 //! Invariant: this only says what shall be; the order inside a chain matters, and what exempts stands
 //! before what takes.
 
-use crate::listeners::{DNS_PORT, HBONE_PORT, INBOUND_PORT, OUTBOUND_PORT};
+use crate::{
+    listeners::{DNS_PORT, HBONE_PORT, INBOUND_PORT, OUTBOUND_PORT},
+    marks::{Marks, OURS},
+};
 use ipnet::IpNet;
 use nix::libc;
 use nlink::netlink::{
@@ -13,7 +16,6 @@ use nlink::netlink::{
     },
     types::route::RouteType,
 };
-use serde::{Deserialize, Serialize};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 pub const TABLE: &str = "culvert";
@@ -37,9 +39,6 @@ pub const OTHER_TRANSPORTS: [u8; 7] = [
     libc::IPPROTO_IPV6 as u8,
 ];
 
-/// The bit that every mark of ours has, and by which the wall knows what may pass it (see `wall`).
-pub(super) const OURS: u32 = 0x8000_0000;
-
 /// Routes answers to a borrowed source address back to ztunnel, which is in the pod too.
 pub(super) const BACK: u32 = OURS | 1;
 
@@ -49,30 +48,6 @@ const LOOK: u32 = OURS;
 /// What a connection is, for as long as the kernel tracks it: it stays through a flush of all rules.
 const CT_CAPTURED: u32 = 0x00c1_e801;
 const CT_PASSING: u32 = 0x00c1_e802;
-
-/// The marks of a pod, random: SO_MARK takes no more than NET_RAW, which many containers have, so a mark
-/// that can be known is a way round capture (settled D5). Only the rules know these, and who may read
-/// them may change them as well.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Marks {
-    /// On ztunnel's sockets: exempts them from capture.
-    pub socket: u32,
-    /// Set by the rules on what may leave the pod as it is.
-    pass: u32,
-    /// Set by the rules on what may not, whatever mark the application has given it.
-    wall: u32,
-}
-
-impl Marks {
-    pub fn random() -> Self {
-        let mark = || rand::random::<u32>() >> 1 | 2;
-        Self {
-            socket: mark() | OURS,
-            pass: mark() | OURS,
-            wall: mark(),
-        }
-    }
-}
 
 /// What the rules of a pod depend on.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -1,3 +1,5 @@
+//! Rules and routes of a real pod's namespace, tried with real connections.
+
 use super::{rules::OTHER_TRANSPORTS, *};
 use crate::{
     lab::{FAR_V4, Lab, NODE_V4, NODE_V6, POD_V4, POD_V6, ruleset, run},

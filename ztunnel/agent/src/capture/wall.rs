@@ -14,11 +14,11 @@
 //! Invariant: the routes name the pod's own address as the source, since the application's socket takes it
 //! from here, and the link's MTU.
 
-use super::{
-    changes::Changes,
-    rules::{BACK, OURS},
+use super::{changes::Changes, rules::BACK};
+use crate::{
+    marks::OURS,
+    netns::{NetlinkError, Netns},
 };
-use crate::netns::{NetlinkError, Netns};
 use nix::libc;
 use nlink::{
     Connection, Route,

@@ -1,7 +1,10 @@
+//! The guard on a real link, with whatever a pod may send.
+
 use super::*;
 use crate::{
-    capture::{Capture, Marks, Rules},
+    capture::{Capture, Rules},
     lab::{FAR_V4, HOST_LINK, Lab, NODE_V4, NODE_V6, POD_V4, run},
+    marks::Marks,
     netns::Netns,
 };
 use std::{

@@ -3,7 +3,7 @@
 //! Invariant: an instance is told to drain only once a younger one is ready (settled D2), and one that does
 //! not read what it is sent is let go.
 
-use crate::serve::Outgoing;
+use crate::events::Outgoing;
 use culvert_proto::agent::{Drain, Introduce, from_agent};
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
 use std::sync::Arc;

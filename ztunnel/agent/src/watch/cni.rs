@@ -3,10 +3,13 @@
 //! Invariant: one request, one answer, one connection; only root speaks here. A pod's start is held by not
 //! answering yet, and a request that cannot be honoured in time is refused, so that the kubelet tries again.
 
-use crate::{pods::Event, records::is_uid};
+use crate::{
+    events::{Add, Event},
+    records::is_uid,
+};
 use culvert_io::agent_socket::{Channel, Listener, SocketError};
 use serde::{Deserialize, Serialize};
-use std::{net::IpAddr, os::fd::OwnedFd, path::PathBuf, sync::Arc, time::Duration};
+use std::{os::fd::OwnedFd, sync::Arc, time::Duration};
 use tokio::sync::{Semaphore, mpsc, oneshot};
 
 /// How long a pod's start is held (settled D3).
@@ -23,20 +26,6 @@ const CALLERS: usize = 256;
 enum Request {
     Add(Add),
     Del { uid: String },
-}
-
-/// A new pod, as the plugin knows it.
-#[derive(Debug, Clone, Deserialize)]
-pub struct Add {
-    pub uid: String,
-    pub namespace: String,
-    pub name: String,
-    #[serde(default)]
-    pub addresses: Vec<IpAddr>,
-    #[serde(default)]
-    pub host_ifindex: u32,
-    #[serde(default)]
-    pub netns_path: Option<PathBuf>,
 }
 
 #[derive(Debug, Serialize)]

@@ -3,7 +3,7 @@
 //! Invariant: the agent works on with the last orders while the stream is down; a new stream begins with
 //! everything the node has, so control never relies on what an earlier stream carried.
 
-use crate::pods::Event;
+use crate::events::Event;
 use culvert_io::control::{Backoff, Control};
 use culvert_proto::node::{NodeReport, node_service_client::NodeServiceClient};
 use std::time::{Duration, Instant};

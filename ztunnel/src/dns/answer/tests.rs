@@ -1,3 +1,5 @@
+//! Answers from a snapshot, by name and kind.
+
 use super::*;
 use crate::fixtures::{CART, WEB, config, service, snapshot, workload};
 use culvert_core::{

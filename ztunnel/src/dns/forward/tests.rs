@@ -1,3 +1,5 @@
+//! Queries passed on to a scripted server.
+
 use super::*;
 use hickory_proto::{
     op::{Message, Query, ResponseCode},

@@ -1,3 +1,5 @@
+//! Queries as resolvers write them, and as they must not.
+
 use super::*;
 use std::str::FromStr;
 

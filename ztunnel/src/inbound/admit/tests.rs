@@ -1,3 +1,5 @@
+//! Arrivals by tables, and whether they are admitted.
+
 use super::*;
 use crate::fixtures::{CART, WEB, at, config, policy, service, snapshot, workload};
 use culvert_core::{

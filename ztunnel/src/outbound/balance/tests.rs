@@ -1,3 +1,5 @@
+//! Choices among endpoints: by locality, load, affinity and what has failed.
+
 use super::*;
 use crate::{
     fixtures::{WEB, config, service, snapshot, workload},

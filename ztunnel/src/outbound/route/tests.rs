@@ -1,3 +1,5 @@
+//! Routes by tables: a snapshot, a source and a destination, and what is decided.
+
 use super::*;
 use crate::fixtures::{CART, WEB, at, config, policy, service, snapshot, workload};
 use culvert_core::{

@@ -1,3 +1,5 @@
+//! Events become lines, in both forms.
+
 use super::*;
 use parking_lot::Mutex;
 use std::sync::Arc;

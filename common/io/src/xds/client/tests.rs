@@ -1,3 +1,5 @@
+//! The client against scripted responses: what it takes, refuses, answers and keeps.
+
 use super::*;
 use culvert_core::{ids::NetworkId, policy::Action};
 use culvert_proto::{discovery::DeltaDiscoveryResponse, security, workload as wire};

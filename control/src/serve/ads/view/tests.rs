@@ -1,3 +1,5 @@
+//! Random worlds sent to patient and impatient nodes: what they hold is right at every step.
+
 use super::*;
 use crate::index::{
     Index,
