@@ -167,6 +167,13 @@ fn t21_our_own_ports_answer_nobody_with_more_than_they_are_for() {
     let cart = shop.cart.addresses();
     let loopback: [IpAddr; 2] = ["127.0.0.1".parse().unwrap(), "::1".parse().unwrap()];
     let before = shop.b.metrics().unwrap().sum("culvert_connections_open", &[]);
+    let opened = || {
+        [&shop.a, &shop.b].map(|node| {
+            let page = node.metrics().unwrap();
+            page.sum("istio_tcp_connections_opened_total", &[])
+        })
+    };
+    let opened_before = opened();
     for port in [15000, 15001, 15006, 15008, 15020, 15021, 15053] {
         // From the pod itself, by its own address and by localhost; from a member; from outside.
         for (from, ips) in [
@@ -198,7 +205,8 @@ fn t21_our_own_ports_answer_nobody_with_more_than_they_are_for() {
             }
         }
     }
-    // No call of ours has led to another of ours: nothing is open that was not before.
+    // No call of ours has led to another of ours: none was opened, and nothing is open that was not before.
+    assert_eq!(opened(), opened_before, "connections to our own ports");
     poll_until("no connection is left", WAIT, || {
         let open = shop.b.metrics()?.sum("culvert_connections_open", &[]);
         Ok((open <= before).then_some(()))

@@ -313,6 +313,9 @@ impl Stream {
             Ok(carried) => return carried,
             Err(error) => error,
         };
+        if known.destination.is_none() {
+            known.between(&context.discovery.snapshot(), &pod.workload_uid);
+        }
         // The record first: whoever sees the answer finds it.
         match &error {
             StreamError::Abandoned => given_up(&context.metrics, &known, &error),
@@ -335,7 +338,6 @@ impl Stream {
         pod: &'p Pod,
         context: &Context,
     ) -> Result<Option<Carried<'p>>, StreamError> {
-        known.between(&context.discovery.snapshot(), &pod.workload_uid);
         let connect = asked?;
         let seat = pod.connections.enter()?;
         if responder.as_ref().is_some_and(|responder| !responder.has_room()) {
