@@ -7,11 +7,42 @@ use super::{
 use crate::{
     config::Profile,
     watch::objects::{
-        AuthorizationPolicy, EndpointSlice, Key, Kind, Object, PeerAuthentication, Pod, Service,
+        AuthorizationPolicy, EndpointSlice, Key, Kind, Object, PeerAuthentication, Pod, Service, Workload,
     },
 };
 use selected::signature;
 use std::{collections::BTreeMap, net::IpAddr};
+
+/// A member as the indexes have it.
+struct Standing<'o> {
+    member: Member,
+    namespace: &'o str,
+    labels: &'o BTreeMap<String, String>,
+    node: &'o str,
+    addresses: Vec<IpAddr>,
+}
+
+impl<'o> Standing<'o> {
+    fn of_pod(key: &'o Key, pod: &'o Pod) -> Self {
+        Self {
+            member: Member::Pod(key.clone()),
+            namespace: &key.namespace,
+            labels: &pod.metadata.labels,
+            node: &pod.spec.node_name,
+            addresses: workloads::own_addresses(pod),
+        }
+    }
+
+    fn of_declared(key: &'o Key, one: &'o Workload) -> Self {
+        Self {
+            member: Member::Declared(key.clone()),
+            namespace: &key.namespace,
+            labels: &one.metadata.labels,
+            node: &one.spec.node,
+            addresses: workloads::declared_addresses(one),
+        }
+    }
+}
 
 impl Index {
     /// Keeps the indexes in step with one change, and notes what follows from it.
@@ -26,10 +57,17 @@ impl Index {
                     self.leave_pod(key, old, new, dirty);
                 }
                 if let Some(Object::Pod(new)) = new {
-                    self.join_pod(key, new, dirty);
+                    self.join(&Standing::of_pod(key, new), dirty);
                 }
             }
-            Some(Kind::Workload) => self.note_declared(key, old, new, dirty),
+            Some(Kind::Workload) => {
+                if let Some(Object::Workload(old)) = old {
+                    self.leave(&Standing::of_declared(key, old), dirty);
+                }
+                if let Some(Object::Workload(new)) = new {
+                    self.join(&Standing::of_declared(key, new), dirty);
+                }
+            }
             Some(Kind::Service) => self.note_service(key, old, new, dirty),
             Some(Kind::EndpointSlice) => self.note_slice(key, old, new, dirty),
             Some(Kind::ExternalService) => {
@@ -71,80 +109,26 @@ impl Index {
         dirty.listed.extend(self.slices.keys().cloned());
     }
 
-    fn join_pod(&mut self, key: &Key, pod: &Pod, dirty: &mut Dirty) {
-        let addresses = workloads::own_addresses(pod);
-        let member = Member::Pod(key.clone());
-        self.join(
-            &member,
-            key,
-            &pod.metadata.labels,
-            &pod.spec.node_name,
-            &addresses,
-            dirty,
-        );
-    }
-
     fn leave_pod(&mut self, key: &Key, pod: &Pod, new: Option<&Object>, dirty: &mut Dirty) {
-        let addresses = workloads::own_addresses(pod);
-        let member = Member::Pod(key.clone());
-        self.leave(
-            &member,
-            key,
-            &pod.metadata.labels,
-            &pod.spec.node_name,
-            &addresses,
-            dirty,
-        );
+        let standing = Standing::of_pod(key, pod);
+        self.leave(&standing, dirty);
         let uid = &pod.metadata.uid;
         let stays = matches!(new, Some(Object::Pod(new)) if new.metadata.uid == *uid);
         if !stays {
             if self.phases.remove(uid).is_some() {
                 self.moved.push((uid.clone(), None));
             }
-            self.waiting.remove(&member);
+            self.waiting.remove(&standing.member);
             self.world.remove_pod(&mut dirty.step, uid);
         }
     }
 
-    fn note_declared(&mut self, key: &Key, old: Option<&Object>, new: Option<&Object>, dirty: &mut Dirty) {
-        let member = Member::Declared(key.clone());
-        if let Some(Object::Workload(old)) = old {
-            let addresses = workloads::declared_addresses(old);
-            self.leave(
-                &member,
-                key,
-                &old.metadata.labels,
-                &old.spec.node,
-                &addresses,
-                dirty,
-            );
-        }
-        if let Some(Object::Workload(new)) = new {
-            let addresses = workloads::declared_addresses(new);
-            self.join(
-                &member,
-                key,
-                &new.metadata.labels,
-                &new.spec.node,
-                &addresses,
-                dirty,
-            );
-        }
-    }
-
-    fn join(
-        &mut self,
-        member: &Member,
-        key: &Key,
-        labels: &BTreeMap<String, String>,
-        node: &str,
-        addresses: &[IpAddr],
-        dirty: &mut Dirty,
-    ) {
-        self.members.insert(&key.namespace, labels, member);
-        let own = self.by_node.entry(node.to_owned()).or_default();
+    fn join(&mut self, standing: &Standing<'_>, dirty: &mut Dirty) {
+        let member = &standing.member;
+        self.members.insert(standing.namespace, standing.labels, member);
+        let own = self.by_node.entry(standing.node.to_owned()).or_default();
         own.insert(member.clone());
-        for ip in addresses {
+        for ip in &standing.addresses {
             self.by_address.insert(*ip, member.clone());
             dirty
                 .listed
@@ -153,23 +137,16 @@ impl Index {
         dirty.members.insert(member.clone());
     }
 
-    fn leave(
-        &mut self,
-        member: &Member,
-        key: &Key,
-        labels: &BTreeMap<String, String>,
-        node: &str,
-        addresses: &[IpAddr],
-        dirty: &mut Dirty,
-    ) {
-        self.members.remove(&key.namespace, labels, member);
-        if let Some(own) = self.by_node.get_mut(node) {
+    fn leave(&mut self, standing: &Standing<'_>, dirty: &mut Dirty) {
+        let member = &standing.member;
+        self.members.remove(standing.namespace, standing.labels, member);
+        if let Some(own) = self.by_node.get_mut(standing.node) {
             own.remove(member);
             if own.is_empty() {
-                self.by_node.remove(node);
+                self.by_node.remove(standing.node);
             }
         }
-        for ip in addresses {
+        for ip in &standing.addresses {
             // Within one batch the address may have passed to another already.
             if self.by_address.get(ip) == Some(member) {
                 self.by_address.remove(ip);

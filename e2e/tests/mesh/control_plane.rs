@@ -58,6 +58,11 @@ fn f44_f45_control_restarts_and_nobody_notices() {
     }
 }
 
+fn restart_control(shop: &Shop) {
+    shop.mesh.kill_control().unwrap();
+    shop.mesh.start_control().unwrap();
+}
+
 #[test]
 fn f09_a_pod_joins_and_leaves_step_by_step_and_no_call_is_lost() {
     const DRAIN: Duration = Duration::from_secs(1);
@@ -86,12 +91,22 @@ fn f09_a_pod_joins_and_leaves_step_by_step_and_no_call_is_lost() {
         shop.mesh.apply_object(&object).unwrap();
     };
     for turn in 0..if full_length() { 100 } else { 3 } {
+        if turn == 1 {
+            shop.b.kill_agent().unwrap();
+        }
         enrol("ambient");
         if turn == 1 {
-            // Halfway control is restarted, and goes on from there.
+            // Control is restarted while nobody captures the pod yet, and goes on from there.
+            thread::sleep(Duration::from_millis(200));
+            restart_control(&shop);
+            for _ in 0..20 {
+                call(&shop.web, to).unwrap_or_else(|e| panic!("a pod that is not captured yet: {e:#}"));
+                thread::sleep(Duration::from_millis(50));
+            }
+            shop.b.start_agent().unwrap();
+            // And once more when it is captured, and plaintext perhaps not refused yet.
             speaks(&shop.a, &legacy, "HBONE");
-            shop.mesh.kill_control().unwrap();
-            shop.mesh.start_control().unwrap();
+            restart_control(&shop);
         }
         poll_until("plaintext is refused", WAIT, || {
             Ok(call(&outside, to).is_err().then_some(()))

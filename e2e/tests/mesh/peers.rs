@@ -165,6 +165,18 @@ fn servers(pod: &Pod) -> Vec<Server> {
     ]
 }
 
+/// Connections that this node's ztunnel reports from one account's identity to another's.
+fn opened(node: &MeshNode, reporter: &str, source: &str, destination: &str) -> f64 {
+    let (source, destination) = (id(source), id(destination));
+    let labels = [
+        ("reporter", reporter),
+        ("source_principal", &*source),
+        ("destination_principal", &*destination),
+    ];
+    let metrics = node.metrics().unwrap();
+    metrics.sum("istio_tcp_connections_opened_total", &labels)
+}
+
 #[test]
 fn envoy_as_hbone_client_reaches_a_pod_behind_ztunnel() {
     let shop = Shop::open();
@@ -214,19 +226,9 @@ fn envoy_as_hbone_client_reaches_a_pod_behind_ztunnel() {
         // The server ends first, and what it has said arrives.
         download(pod.connect(to[2]).unwrap(), &want);
     }
-    let (source, destination) = (id("envoy"), id("cart"));
-    let labels = [
-        ("reporter", "destination"),
-        ("source_principal", &*source),
-        ("destination_principal", &*destination),
-    ];
-    let opened = shop
-        .b
-        .metrics()
-        .unwrap()
-        .sum("istio_tcp_connections_opened_total", &labels);
     // One more was to see whether Envoy listens.
-    assert_eq!(opened, 7.0, "connections by Envoy's identity");
+    let by_envoy = opened(&shop.b, "destination", "envoy", "cart");
+    assert_eq!(by_envoy, 7.0, "connections by Envoy's identity");
     // A rule for Envoy's account is a rule for what it carries.
     shop.mesh
         .apply(
@@ -325,16 +327,6 @@ fn envoy_as_hbone_server_is_reached_from_a_pod_behind_ztunnel() {
         log.contains("k8s.namespace.name=shop"),
         "Envoy sees whose connection it is: {log}"
     );
-    let (source, destination) = (id("web"), id("envoy"));
-    let labels = [
-        ("reporter", "source"),
-        ("source_principal", &*source),
-        ("destination_principal", &*destination),
-    ];
-    let opened = shop
-        .a
-        .metrics()
-        .unwrap()
-        .sum("istio_tcp_connections_opened_total", &labels);
-    assert_eq!(opened, 6.0, "connections to Envoy's identity");
+    let to_envoy = opened(&shop.a, "source", "web", "envoy");
+    assert_eq!(to_envoy, 6.0, "connections to Envoy's identity");
 }
