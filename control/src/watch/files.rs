@@ -443,6 +443,8 @@ pub async fn watch_folder(
     changes: mpsc::Sender<Vec<Change>>,
     health: watch::Sender<Health>,
 ) -> notify::Result<()> {
+    // A file is known by its path: what is heard of it names it as what is read does.
+    let path = std::path::absolute(path).map_err(notify::Error::io)?;
     let heard = Arc::new((Mutex::new(Heard::default()), Notify::new()));
     let ear = heard.clone();
     let mut watcher = notify::recommended_watcher(move |event: notify::Result<notify::Event>| {

@@ -152,6 +152,30 @@ async fn the_last_good_state_stays_while_a_file_is_wrong() {
     assert!(seen.borrow().mistakes.is_empty() && seen.borrow().since.is_none());
 }
 
+#[tokio::test]
+async fn a_file_in_a_folder_named_from_here_is_one_file_when_it_changes() {
+    let dir = folder(&[("ns.yaml", NAMESPACE)]);
+    let here = std::env::current_dir().unwrap();
+    let up: PathBuf = here.components().skip(1).map(|_| "..").collect();
+    let relative = up.join(dir.path().strip_prefix("/").unwrap());
+    assert!(
+        relative.is_relative() && relative.is_dir(),
+        "{}",
+        relative.display()
+    );
+    let health = watch::Sender::new(Health::default());
+    let seen = health.subscribe();
+    let (changed, mut changes) = mpsc::channel(1);
+    tokio::spawn(watch_folder(relative, any(), changed, health));
+    let wait = Duration::from_secs(10);
+    let mut next = async || tokio::time::timeout(wait, changes.recv()).await.unwrap().unwrap();
+    assert_eq!(next().await.len(), 1);
+    let other = NAMESPACE.to_owned() + "  labels: {a: b}\n";
+    fs::write(dir.path().join("ns.yaml"), other).unwrap();
+    assert_eq!(next().await.len(), 1);
+    assert_eq!(seen.borrow().mistakes, []);
+}
+
 #[test]
 fn a_change_is_what_its_file_says_anew() {
     let dir = folder(&[
