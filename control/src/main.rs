@@ -210,10 +210,16 @@ const STEP: u64 = 1000;
 /// that is gone is waited for in vain.
 const LOOK_EVERY: Duration = Duration::from_millis(200);
 
-/// Serving on would harm a later start: nodes go on with what they have.
-fn stop_at(error: &dyn std::fmt::Display, why: &str) -> ! {
-    tracing::error!(%error, "{why}: stopping");
-    std::process::exit(1);
+/// Between two tries to store what a restart must not forget.
+const STORE_AGAIN: Duration = Duration::from_secs(1);
+
+/// Tries until it is stored. Meanwhile nothing new is published, and what has been is served on: a restart that
+/// did not know of it would take a newer state for an older one.
+async fn stored(what: &str, mut store: impl FnMut() -> anyhow::Result<()>) {
+    while let Err(error) = store() {
+        tracing::error!(%error, "{what} cannot be stored; nothing new is published until it can");
+        tokio::time::sleep(STORE_AGAIN).await;
+    }
 }
 
 /// Takes what is new from folder and nodes, and publishes the world that follows.
@@ -252,9 +258,9 @@ impl Indexing {
             let settled = settled.advance(now, Instant::now());
             let taken = Taken { now, settled };
             let mut world = self.index.apply(&changes, reports, taken);
-            self.write_down();
+            self.write_down().await;
             while let Some(new) = world {
-                if !self.publish(new) {
+                if !self.publish(new).await {
                     return;
                 }
                 let waits = self.index.waits();
@@ -263,7 +269,7 @@ impl Indexing {
                 } else {
                     None
                 };
-                self.write_down();
+                self.write_down().await;
             }
             changes = vec![];
             tokio::select! {
@@ -273,8 +279,8 @@ impl Indexing {
                 },
                 Some(report) = self.heard.recv() => {
                     let world = self.index.apply(&[], vec![report], taken);
-                    self.write_down();
-                    if let Some(world) = world && !self.publish(world) {
+                    self.write_down().await;
+                    if let Some(world) = world && !self.publish(world).await {
                         return;
                     }
                 }
@@ -285,14 +291,10 @@ impl Indexing {
     }
 
     /// Pods' phases outlive this process, before anything that follows from them is published.
-    fn write_down(&mut self) {
-        let moved = self.index.moved();
-        if let Err(error) = self.shared.record.phases(&moved, || self.index.phases()) {
-            stop_at(
-                &error,
-                "pods' phases cannot be stored, and a restart would take them for others",
-            );
-        }
+    async fn write_down(&mut self) {
+        let (moved, record) = (self.index.moved(), &self.shared.record);
+        let store = || Ok(record.phases(&moved, || self.index.phases())?);
+        stored("how far pods are on their way", store).await;
     }
 
     /// Nodes that are gone for too long hold nobody up.
@@ -306,15 +308,11 @@ impl Indexing {
     }
 
     /// Publishes, and keeps the stored counter ahead of what a restart must not count below.
-    fn publish(&mut self, world: Arc<World>) -> bool {
+    async fn publish(&mut self, world: Arc<World>) -> bool {
         if self.stored.is_none_or(|stored| world.number >= stored + STEP) {
             let text = format!("{}/{}", self.shared.source, world.number);
-            if let Err(error) = authority::write_public(&self.state.join("version"), &text) {
-                stop_at(
-                    &*error,
-                    "the version cannot be stored, and a restart would count backwards",
-                );
-            }
+            let file = self.state.join("version");
+            stored("the version", || authority::write_public(&file, &text)).await;
             self.stored = Some(world.number);
         }
         tracing::debug!(

@@ -38,6 +38,8 @@ pub struct Record(Mutex<Written>);
 struct Written {
     path: PathBuf,
     file: File,
+    /// A line may have been written in part.
+    torn: bool,
     lines: usize,
     nodes: BTreeSet<String>,
 }
@@ -64,20 +66,21 @@ impl Record {
         changed: &[(String, Option<Phase>)],
         all: impl FnOnce() -> (usize, I),
     ) -> io::Result<()> {
-        if changed.is_empty() {
+        let mut written = self.0.lock();
+        if changed.is_empty() && !written.torn {
+            return Ok(());
+        }
+        let (count, phases) = all();
+        let most = 2 * (count + written.nodes.len()) + SPARE_LINES;
+        if written.torn || written.lines + changed.len() > most {
+            *written = write_anew(&written.path, phases, written.nodes.clone())?;
             return Ok(());
         }
         let mut lines = String::new();
         for (uid, phase) in changed {
             line(&mut lines, phase.map_or(GONE, Phase::name), uid);
         }
-        let mut written = self.0.lock();
-        written.add(&lines, changed.len())?;
-        let (count, phases) = all();
-        if written.lines > 2 * (count + written.nodes.len()) + SPARE_LINES {
-            *written = write_anew(&written.path, phases, written.nodes.clone())?;
-        }
-        Ok(())
+        written.add(&lines, changed.len())
     }
 
     /// Notes that this node is served.
@@ -102,7 +105,9 @@ impl Record {
 impl Written {
     fn add(&mut self, lines: &str, count: usize) -> io::Result<()> {
         self.lines += count;
-        self.file.write_all(lines.as_bytes())
+        let done = self.file.write_all(lines.as_bytes());
+        self.torn |= done.is_err();
+        done
     }
 
     fn add_one(&mut self, word: &str, name: &str) -> io::Result<()> {
@@ -164,6 +169,7 @@ fn write_anew<'a>(
     Ok(Written {
         path: path.to_owned(),
         file,
+        torn: false,
         lines,
         nodes,
     })
@@ -203,6 +209,23 @@ mod tests {
             assert_eq!(after.phases, phases.into());
             assert_eq!(after.nodes, ["n".to_owned()].into());
         }
+    }
+
+    #[test]
+    fn what_could_not_be_written_is_written_once_it_can() {
+        let folder = tempfile::tempdir().unwrap();
+        let (record, _) = Record::open(folder.path()).unwrap();
+        let all = || (1, [("a", In)].into_iter());
+        record.0.lock().file = File::options().write(true).open("/dev/full").unwrap();
+        assert!(record.node("n").is_err(), "a full disk");
+        let aside = folder.path().join("phases.part");
+        fs::create_dir(&aside).unwrap();
+        assert!(record.phases(&[], all).is_err(), "and still a full one");
+        fs::remove_dir(&aside).unwrap();
+        record.phases(&owned(&[("a", Some(In))]), all).unwrap();
+        let (_, after) = Record::open(folder.path()).unwrap();
+        assert_eq!(after.phases, [("a".to_owned(), In)].into());
+        assert_eq!(after.nodes, ["n".to_owned()].into());
     }
 
     #[test]

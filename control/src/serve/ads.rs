@@ -54,8 +54,7 @@ impl AggregatedDiscoveryService for Ads {
             return Err(Status::resource_exhausted("too many streams of this node"));
         };
         if let Err(error) = self.0.record.node(&node) {
-            tracing::error!(%error, "a node cannot be written down; it is not served");
-            return Err(Status::unavailable("control cannot store its state"));
+            tracing::error!(node, %error, "a restart will not wait for this node");
         }
         let (responses, out) = mpsc::channel(4);
         let subscriber = Subscriber {
