@@ -8,7 +8,7 @@
 
 use anyhow::{Context, bail};
 use culvert_core::ids::{SpiffeId, TrustDomain};
-use culvert_io::tls::{Svid, TrustBundles};
+use culvert_io::tls::{NewKey, Svid, TrustBundles};
 use rcgen::{
     BasicConstraints, CertificateParams, CertificateSigningRequestParams, CertifiedIssuer, DistinguishedName,
     DnType, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair, KeyUsagePurpose, PKCS_ECDSA_P256_SHA256,
@@ -22,6 +22,7 @@ use std::{
     path::Path,
     time::{Duration, SystemTime},
 };
+use zeroize::Zeroizing;
 
 /// Certificates begin this much in the past, so that clocks may differ, or be set back by ten minutes.
 const BACKDATE: Duration = Duration::from_secs(11 * 60);
@@ -61,7 +62,8 @@ impl Authority {
     pub fn generated(state: &Path, max_life: Duration) -> anyhow::Result<Self> {
         let (key_file, cert_file) = (state.join("ca-key.pem"), state.join("root.pem"));
         if key_file.exists() {
-            let key = fs::read_to_string(&key_file).with_context(|| key_file.display().to_string())?;
+            let key = fs::read_to_string(&key_file).map(Zeroizing::new);
+            let key = key.with_context(|| key_file.display().to_string())?;
             let roots = fs::read_to_string(&cert_file).with_context(|| cert_file.display().to_string())?;
             return Self::from_pem(&roots, &key, &roots, max_life);
         }
@@ -72,7 +74,7 @@ impl Authority {
         params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
         params.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign];
         validity(&mut params, ROOT_LIFE);
-        let pem = key.serialize_pem();
+        let pem = Zeroizing::new(key.serialize_pem());
         let root = CertifiedIssuer::self_signed(params, key)?;
         write_private(&key_file, &pem)?;
         write_public(&cert_file, &root.pem())?;
@@ -111,11 +113,11 @@ impl Authority {
     /// one of the roots.
     pub fn check(&self, trust_domain: &TrustDomain) -> anyhow::Result<()> {
         let id = SpiffeId::from_template(trust_domain, "culvert-system", "control")?;
-        let key = KeyPair::generate_for(&PKCS_ECDSA_P256_SHA256)?;
+        let key = NewKey::generate()?;
         let csr = CertificateParams::default().serialize_request(&key)?.pem()?;
         let (elements, _) = self.sign(&id, &csr, Duration::from_secs(60))?;
         let (roots, chain) = elements.split_last().context("no certificate")?;
-        let svid = Svid::from_pem(&chain.concat(), &key.serialize_pem()).context("the CA's chain")?;
+        let svid = Svid::from_chain(&chain.concat(), &key.der()).context("the CA's chain")?;
         let bundles = TrustBundles::default()
             .with_roots(trust_domain, roots)
             .context("the roots")?;

@@ -14,6 +14,7 @@ use crate::{
 use anyhow::Context;
 use std::{fs, net::IpAddr, os::unix::fs::MetadataExt, path::PathBuf, sync::Arc, time::Duration};
 use tokio::time::Instant;
+use zeroize::Zeroizing;
 
 /// How often the files are looked at.
 const LOOK_EVERY: Duration = Duration::from_secs(1);
@@ -35,7 +36,10 @@ pub fn files(config: &Config) -> Option<Files> {
 
 /// Reads a set of files and checks that it holds together.
 pub fn read([cert, key, root]: &Files, config: &Config) -> anyhow::Result<Authority> {
-    let text = |path: &PathBuf| fs::read_to_string(path).with_context(|| path.display().to_string());
+    let text = |path: &PathBuf| {
+        let text = fs::read_to_string(path).with_context(|| path.display().to_string())?;
+        anyhow::Ok(Zeroizing::new(text))
+    };
     let authority = Authority::from_pem(&text(cert)?, &text(key)?, &text(root)?, config.svid_ttl)?;
     authority.check(&config.trust_domain)?;
     Ok(authority)

@@ -12,14 +12,15 @@ pub mod handover;
 
 use crate::{
     control::{Control, ControlError, Credentials},
-    tls::{BundleError, RevocationLists, Svid, SvidError, TrustBundles, VerifyError},
+    tls::{BundleError, NewKey, RevocationLists, Svid, SvidError, TrustBundles, VerifyError},
 };
 use culvert_core::ids::{SpiffeId, TrustDomain};
 use culvert_proto::ca::{
     IstioCertificateRequest, istio_certificate_service_client::IstioCertificateServiceClient,
 };
 use parking_lot::Mutex;
-use rcgen::{CertificateParams, KeyPair, SanType};
+use rcgen::{CertificateParams, SanType};
+use rustls_pki_types::PrivateKeyDer;
 use rustls_pki_types::{CertificateDer, pem::PemObject};
 use std::{
     collections::HashMap,
@@ -420,7 +421,7 @@ struct Issuer {
 
 impl Issuer {
     async fn issue(&self, id: &SpiffeId) -> Result<Credential, IssueError> {
-        let key = KeyPair::generate()?;
+        let key = NewKey::generate()?;
         let mut params = CertificateParams::default();
         params.distinguished_name = rcgen::DistinguishedName::new();
         params.subject_alt_names = vec![SanType::URI(id.as_str().try_into()?)];
@@ -441,19 +442,23 @@ impl Issuer {
             .map_err(|_| IssueError::Timeout)?
             .map_err(|status| IssueError::Refused(status.message().to_owned()))?
             .into_inner();
-        accept_answer(id, &answer.cert_chain, &key.serialize_pem())
+        accept_answer(id, &answer.cert_chain, &key.der())
     }
 }
 
 /// Takes the CA's answer only if it is what was asked for (F14).
-fn accept_answer(id: &SpiffeId, elements: &[String], key: &str) -> Result<Credential, IssueError> {
+fn accept_answer(
+    id: &SpiffeId,
+    elements: &[String],
+    key: &PrivateKeyDer<'_>,
+) -> Result<Credential, IssueError> {
     let (Some((roots, chain)), true) = (
         elements.split_last(),
         (2..=MAX_ELEMENTS).contains(&elements.len()),
     ) else {
         return Err(IssueError::Shape(elements.len()));
     };
-    let svid = Svid::from_pem(&chain.concat(), key)?;
+    let svid = Svid::from_chain(&chain.concat(), key)?;
     Credential::checked(id, svid, roots, SystemTime::now())
 }
 

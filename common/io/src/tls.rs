@@ -10,12 +10,14 @@
 
 mod bundle;
 mod config;
+mod key;
 mod leaf;
 mod svid;
 mod verify;
 
 pub use bundle::{BundleError, RevocationLists, TrustBundles};
 pub use config::{client_config, server_config};
+pub use key::NewKey;
 pub use leaf::{LeafError, leaf_expiry, leaf_identity};
 pub use svid::{Svid, SvidError};
 pub use verify::{Expected, VerifyError, still_trusted};

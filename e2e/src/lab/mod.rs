@@ -13,6 +13,7 @@ pub mod capture;
 mod endpoint;
 mod faults;
 mod limits;
+pub mod memory;
 mod namespaces;
 mod process;
 mod wires;

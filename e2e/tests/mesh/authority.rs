@@ -1,13 +1,16 @@
 //! The certificate authority: whom it signs for, and how it is replaced while the mesh runs.
 
+use std::collections::BTreeSet;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use culvert_e2e::lab::{Endpoint, PodSpec, poll_until};
+use anyhow::bail;
+use culvert_e2e::lab::memory::{Memory, PrivateKey};
+use culvert_e2e::lab::{Endpoint, Pod, PodSpec, poll_until};
 use culvert_e2e::load::{Attempts, all_complete};
-use culvert_e2e::mesh::{CONTROL_NAME, Options, config, token};
+use culvert_e2e::mesh::{CONTROL_NAME, MeshNode, Options, config, token};
 use culvert_e2e::traffic::{Server, echo_once};
 use culvert_io::control::Control;
 use culvert_proto::ca::{
@@ -125,6 +128,79 @@ fn tr1_f61_a_stolen_node_token_grants_all_of_the_nodes_identities_and_none_besid
         "refused after {:?}",
         start.elapsed()
     );
+}
+
+/// How long a key may stay once the last pod of its identity has left.
+const FORGOTTEN: Duration = Duration::from_secs(5);
+
+fn memory(node: &MeshNode) -> Memory {
+    node.with_ztunnel(Memory::of).unwrap().unwrap()
+}
+
+fn keys_in(node: &MeshNode) -> BTreeSet<PrivateKey> {
+    memory(node).private_keys()
+}
+
+/// Waits until of `keys` just `left` are anywhere in a ztunnel's memory, in any form and be it a half of them.
+fn forgets(node: &MeshNode, keys: &BTreeSet<PrivateKey>, left: usize) {
+    poll_until(&format!("only {left} keys are in memory"), FORGOTTEN, || {
+        let memory = memory(node);
+        let there: Vec<String> = keys
+            .iter()
+            .filter_map(|key| memory.traces(key).into_iter().next())
+            .collect();
+        if there.len() > left {
+            bail!("{} keys, in {there:?}", there.len());
+        }
+        Ok(Some(()))
+    })
+    .unwrap();
+}
+
+/// Calls `cart`, so that the pod's key is used.
+fn calls(shop: &Shop, pod: &Pod) {
+    let socket = pod.connect((shop.vip.v4, 80)).unwrap();
+    socket.set_read_timeout(Some(WAIT)).unwrap();
+    echo_once(&socket, b"hello").unwrap();
+}
+
+#[test]
+fn tr1_a_key_is_gone_from_memory_when_its_last_pod_has_left() {
+    let shop = Shop::open_with(Options {
+        svid_ttl: "16s",
+        ..Options::default()
+    });
+    let _echo = Server::echo(shop.cart.listen(8080).unwrap()).unwrap();
+    let api = shop.mesh.pod(&shop.a, PodSpec::new("shop", "api")).unwrap();
+    shop.a.wait_published(&api).unwrap();
+    for pod in [&shop.web, &api] {
+        calls(&shop, pod);
+    }
+    let first = keys_in(&shop.a);
+    assert_eq!(first.len(), 2, "one key of each identity");
+    // To a successor they pass over a socket.
+    let successor = shop.a.successor().unwrap();
+    successor
+        .wait_for_log("SVIDs handed over count=2 given=false", WAIT)
+        .unwrap();
+    // It drains, has nothing to drain, and leaves.
+    let old = shop.a.replace_ztunnel(successor).expect("there was one before");
+    assert!(old.wait(WAIT).unwrap().success());
+    for pod in [&shop.web, &api] {
+        calls(&shop, pod);
+    }
+    let handed = &first | &keys_in(&shop.a);
+    shop.mesh.remove(&shop.a, &shop.web).unwrap();
+    forgets(&shop.a, &handed, 1);
+    // A renewal brings a new key.
+    let renewed = poll_until("a renewal", WAIT, || {
+        let keys = keys_in(&shop.a);
+        Ok((!keys.is_subset(&handed)).then_some(keys))
+    });
+    calls(&shop, &api);
+    let all = &handed | &renewed.unwrap();
+    shop.mesh.remove(&shop.a, &api).unwrap();
+    forgets(&shop.a, &all, 0);
 }
 
 type Ca = CertifiedIssuer<'static, KeyPair>;

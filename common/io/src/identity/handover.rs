@@ -11,6 +11,7 @@ use crate::{
     agent_socket::{Channel, Peer, SocketError},
     tls::{Svid, SvidError},
 };
+use bytes::Bytes;
 use culvert_proto::agent::HandedSvid;
 use prost::Message;
 use rustls_pki_types::{CertificateDer, PrivateKeyDer};
@@ -69,11 +70,12 @@ pub async fn take(channel: Channel, agent: Peer, identities: &Identities) -> Res
     let taking = async {
         let mut taken = 0;
         while let Some((bytes, _)) = channel.recv_bytes().await? {
-            let bytes = Zeroizing::new(bytes);
+            // Its parts are read where they lie: what decoding would copy is not zeroed.
+            let bytes = Bytes::from_owner(Zeroizing::new(bytes));
             if taken == MAX_SVIDS {
                 return Err(HandoverError::TooMany);
             }
-            identities.take_over(decode(&bytes, SystemTime::now())?);
+            identities.take_over(decode(bytes, SystemTime::now())?);
             taken += 1;
         }
         Ok(taken)
@@ -105,7 +107,7 @@ fn encode(credential: &Credential) -> Zeroizing<Vec<u8>> {
     bytes
 }
 
-fn decode(bytes: &[u8], now: SystemTime) -> Result<Credential, HandoverError> {
+fn decode(bytes: Bytes, now: SystemTime) -> Result<Credential, HandoverError> {
     let handed = HandedSvid::decode(bytes).map_err(SocketError::from)?;
     let key = Zeroizing::new(handed.key);
     let chain = handed.chain.into_iter().map(CertificateDer::from).collect();

@@ -78,13 +78,13 @@ fn f14_an_answer_that_is_not_what_was_asked_for_is_discarded() {
     let ca = Authority::new("cluster.local");
     let id: SpiffeId = WEB.parse().unwrap();
     let taken = |answer: Answer| {
-        let key = KeyPair::generate().unwrap();
+        let key = NewKey::generate().unwrap();
         let csr = CertificateParams::default()
             .serialize_request(&key)
             .unwrap()
             .pem()
             .unwrap();
-        accept_answer(&id, &answer.elements(&ca, &csr), &key.serialize_pem())
+        accept_answer(&id, &answer.elements(&ca, &csr), &key.der())
     };
     assert_eq!(taken(Answer::Good).unwrap().svid.id(), &id);
     for answer in BAD {

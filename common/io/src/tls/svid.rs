@@ -9,7 +9,7 @@ use culvert_core::ids::SpiffeId;
 use rustls::{crypto::aws_lc_rs, sign::CertifiedKey};
 use rustls_pki_types::{CertificateDer, PrivateKeyDer, pem::PemObject};
 use std::{fmt, sync::Arc, time::SystemTime};
-use zeroize::Zeroizing;
+use zeroize::{Zeroize, Zeroizing};
 
 /// An X.509-SVID with its key. Clones share both; the key leaves memory with the last one.
 #[derive(Clone)]
@@ -41,11 +41,18 @@ pub enum SvidError {
 impl Svid {
     /// Reads a PEM chain, leaf first, and its PEM key.
     pub fn from_pem(chain: &str, key: &str) -> Result<Self, SvidError> {
+        let mut key = PrivateKeyDer::from_pem_slice(key.as_bytes()).map_err(|_| SvidError::Key)?;
+        let svid = Self::from_chain(chain, &key);
+        key.zeroize();
+        svid
+    }
+
+    /// Reads a PEM chain, leaf first, for a key.
+    pub fn from_chain(chain: &str, key: &PrivateKeyDer<'_>) -> Result<Self, SvidError> {
         let chain = CertificateDer::pem_slice_iter(chain.as_bytes())
             .collect::<Result<Vec<_>, _>>()
             .map_err(|_| SvidError::NoCertificate)?;
-        let key = PrivateKeyDer::from_pem_slice(key.as_bytes()).map_err(|_| SvidError::Key)?;
-        Self::from_der(chain, &key)
+        Self::from_der(chain, key)
     }
 
     /// Takes a chain, leaf first, and its key.
