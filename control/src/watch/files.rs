@@ -221,7 +221,18 @@ fn text(file: &Path) -> io::Result<String> {
             "{length} bytes; at most {MAX_FILE} are read: divide it"
         )));
     }
-    fs::read_to_string(file)
+    let text = String::from_utf8(fs::read(file)?).map_err(|error| {
+        let line = error.as_bytes()[..error.utf8_error().valid_up_to()]
+            .iter()
+            .filter(|byte| **byte == b'\n')
+            .count();
+        io::Error::other(format!("line {} is not UTF-8: save the file as UTF-8", line + 1))
+    })?;
+    // Some editors begin a file with a byte order mark.
+    match text.strip_prefix('\u{feff}') {
+        Some(rest) => Ok(rest.to_owned()),
+        None => Ok(text),
+    }
 }
 
 fn parse_file(path: &Path, text: &str, check: &Check) -> File {

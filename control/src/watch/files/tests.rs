@@ -37,6 +37,10 @@ fn a_folder_is_read_whole() {
     let policy = "apiVersion: security.istio.io/v1\nkind: AuthorizationPolicy\nmetadata: {name: a, namespace: shop}\nspec:\n  action: DENY\n  rules:\n  - from:\n    - source: {principals: [cluster.local/ns/shop/sa/web]}\n";
     let dir = folder(&[
         ("a.yaml", &format!("# first\n---\n{NAMESPACE}---\n{policy}")),
+        (
+            "b.yaml",
+            "\u{feff}apiVersion: v1\r\nkind: Namespace\r\nmetadata: {name: bank}\r\n",
+        ),
         (".hidden.yaml", "{"),
         ("x.txt", "{"),
     ]);
@@ -45,7 +49,16 @@ fn a_folder_is_read_whole() {
         .iter()
         .map(|change| change.id.kind)
         .collect();
-    assert_eq!(kinds, [Kind::Namespace, Kind::AuthorizationPolicy]);
+    assert_eq!(
+        kinds,
+        [Kind::Namespace, Kind::Namespace, Kind::AuthorizationPolicy]
+    );
+    fs::write(dir.path().join("c.yaml"), b"# one\n# \xff\n").unwrap();
+    let mistake = load(dir.path()).unwrap_err().remove(0).to_string();
+    assert!(
+        mistake.ends_with("c.yaml: line 2 is not UTF-8: save the file as UTF-8"),
+        "{mistake}"
+    );
 }
 
 #[test]
