@@ -40,7 +40,7 @@ pub struct Config {
     )]
     pub listen: Vec<SocketAddr>,
 
-    /// Readiness (`/healthz/ready`), metrics (`/metrics`) and the log filter (`/logging`).
+    /// Pages over HTTP, read-only: readiness (`/healthz/ready`) and metrics (`/metrics`).
     #[arg(long, env = "CULVERT_ADMIN", default_value = "127.0.0.1:15014")]
     pub admin: SocketAddr,
 
