@@ -241,7 +241,8 @@ impl Indexing {
             return;
         };
         let mut lowest = self.shared.acks.lowest();
-        let mut settled = Settled::default();
+        let mut settling = Settled::default();
+        let mut reports = vec![];
         loop {
             while let Ok(more) = self.changes.try_recv() {
                 changes.extend(more);
@@ -250,14 +251,13 @@ impl Indexing {
                 let reloads = &self.shared.metrics.reloads;
                 reloads.with_label_values(&["applied"]).inc();
             }
-            let mut reports = vec![];
             while let Ok(report) = self.heard.try_recv() {
                 reports.push(report);
             }
             let now = *lowest.borrow_and_update();
-            let settled = settled.advance(now, Instant::now());
+            let settled = settling.advance(now, Instant::now());
             let taken = Taken { now, settled };
-            let mut world = self.index.apply(&changes, reports, taken);
+            let mut world = self.index.apply(&changes, std::mem::take(&mut reports), taken);
             self.write_down().await;
             while let Some(new) = world {
                 if !self.publish(new).await {
@@ -277,13 +277,7 @@ impl Indexing {
                     Some(more) => changes = more,
                     None => return,
                 },
-                Some(report) = self.heard.recv() => {
-                    let world = self.index.apply(&[], vec![report], taken);
-                    self.write_down().await;
-                    if let Some(world) = world && !self.publish(world).await {
-                        return;
-                    }
-                }
+                Some(report) = self.heard.recv() => reports.push(report),
                 Ok(()) = lowest.changed(), if self.index.waits() => {}
                 () = tokio::time::sleep(LOOK_EVERY), if self.index.waits() => self.give_up(),
             }
