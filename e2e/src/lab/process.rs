@@ -4,7 +4,7 @@
 
 use std::ffi::OsString;
 use std::fs::{self, File};
-use std::io::{self, Read};
+use std::io::{self, Read, Write};
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Output, Stdio};
@@ -54,12 +54,19 @@ impl Start {
         self
     }
 
-    /// Puts the limit of open files into the command, which must have no streams yet: a command does not tell
-    /// what they are.
-    fn limit_files(&mut self) {
+    /// Puts what limits it into the command, which must have no streams yet: a command does not tell what they
+    /// are. A process that looks at its control group finds the limits there from its first instruction on.
+    fn limit(&mut self) {
+        let mut first = String::new();
+        if self.limits.is_some() {
+            first.push_str("read -r _ && ");
+        }
         if let Some(limit) = self.nofile.take() {
+            first.push_str(&format!("ulimit -n {limit} && "));
+        }
+        if !first.is_empty() {
             let command = std::mem::replace(&mut self.command, Command::new("/bin/sh"));
-            self.command = limited(command, limit);
+            self.command = after(&first, command);
         }
     }
 
@@ -73,6 +80,9 @@ impl Start {
         let mut command = self.command;
         // A group of its own: Ctrl-C at the terminal is for the owner of the lab, who ends it in order.
         command.process_group(0);
+        if self.limits.is_some() {
+            command.stdin(Stdio::piped());
+        }
         let uid = self.uid;
         let mut child = place
             .first
@@ -88,12 +98,14 @@ impl Start {
             })
             .flatten()
             .with_context(|| format!("cannot start {program}"))?;
-        if let Some(limits) = &self.limits
-            && let Err(error) = limits.take(child.id())
-        {
-            child.kill()?;
-            child.wait()?;
-            return Err(error);
+        if let Some(limits) = &self.limits {
+            let taken = limits.take(child.id());
+            let stdin = child.stdin.take().context("no way to say go");
+            if let Err(error) = taken.and_then(|()| Ok(stdin?.write_all(b"\n")?)) {
+                child.kill()?;
+                child.wait()?;
+                return Err(error);
+            }
         }
         Ok(child)
     }
@@ -108,12 +120,12 @@ pub(super) struct Place<'a> {
     pub resolv_conf: Option<&'a Path>,
 }
 
-/// The same command under a limit of open files, which a shell sets before it becomes the program.
-fn limited(command: Command, limit: u64) -> Command {
+/// The same command once a shell has done what is `first`, and becomes the program.
+fn after(first: &str, command: Command) -> Command {
     let mut shell = Command::new("/bin/sh");
     shell
         .arg("-c")
-        .arg(format!("ulimit -n {limit} && exec \"$0\" \"$@\""))
+        .arg(format!("{first}exec \"$0\" \"$@\""))
         .arg(command.get_program());
     shell.args(command.get_args());
     for (name, value) in command.get_envs() {
@@ -142,7 +154,7 @@ pub struct Process {
 impl Process {
     pub(super) fn start(name: &str, mut start: Start, log: PathBuf, place: &Place<'_>) -> Result<Self> {
         let out = File::options().create(true).append(true).open(&log)?;
-        start.limit_files();
+        start.limit();
         start
             .command
             .stdin(Stdio::null())
@@ -272,7 +284,7 @@ impl Drop for Process {
 /// Runs `start` to its end and collects what it wrote; killed after `within`.
 pub(super) fn run(mut start: Start, within: Duration, place: &Place<'_>) -> Result<Output> {
     let line = describe(&start.command);
-    start.limit_files();
+    start.limit();
     start
         .command
         .stdin(Stdio::null())
