@@ -62,10 +62,12 @@ fn open(from: &Endpoint, to: SocketAddr, count: usize) -> Vec<TcpStream> {
                 .collect()
         })
         .unwrap();
+    let asked = Instant::now();
     sockets
         .into_iter()
         .filter(|socket| {
             socket.set_read_timeout(Some(WAIT)).unwrap();
+            assert!(asked.elapsed() < 2 * WAIT, "connections wait for a refusal");
             echo_once(socket, b"there?")
                 .inspect_err(|error| {
                     let kind = error.root_cause().downcast_ref().map(std::io::Error::kind);
