@@ -371,6 +371,8 @@ impl Slot {
                     return Err(TunnelError::Shared(error.clone()));
                 }
                 Some(_) => 0,
+                // A peer that is asked for all that has waited at once must shed a part of it.
+                None if pool.tunnels.len() >= DIALS => 1,
                 None => waiting.count().div_ceil(STRIPE_AT).min(DIALS),
             };
             how = "dialled";
