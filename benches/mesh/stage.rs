@@ -71,8 +71,10 @@ impl Stage {
         let cart = mesh.pod(&b, PodSpec::new("shop", "cart"))?;
         let near = mesh.pod(&a, PodSpec::new("plain", "near"))?;
         let far = mesh.pod(&b, PodSpec::new("plain", "far"))?;
-        for client in [&near, &web] {
-            // The client is no part of what is measured: it shall not run out of ports.
+        let relay_b = mesh.pod(&b, PodSpec::new("plain", "relay-b"))?;
+        let relay_a = mesh.pod(&a, PodSpec::new("plain", "relay-a"))?;
+        for client in [&near, &web, &relay_a, &relay_b] {
+            // Clients and relays are no part of what is measured: they shall not run out of ports.
             client.sysctl("ipv4/ip_local_port_range", "1024 65535")?;
             client.sysctl("ipv4/tcp_tw_reuse", "1")?;
         }
@@ -81,8 +83,6 @@ impl Stage {
                 serve::start(server, port, answer)?;
             }
         }
-        let relay_b = mesh.pod(&b, PodSpec::new("plain", "relay-b"))?;
-        let relay_a = mesh.pod(&a, PodSpec::new("plain", "relay-a"))?;
         let ports = PORTS.map(|(port, _)| port);
         let relays = [
             Relay::start(&relay_a, relay_b.addresses().v4.into(), &ports)?,

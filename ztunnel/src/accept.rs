@@ -42,14 +42,18 @@ pub async fn accept_loop<F>(
                         continue;
                     };
                     let (of, shared) = (pod.clone(), context.clone());
-                    let start = move |accepted| Box::pin(async move {
-                        serve(accepted, of, shared).await;
-                        drop(place);
-                    });
+                    // Boxed before it is awaited: a block that owns a future has room for it twice.
+                    let start = move |accepted| {
+                        let served = Box::pin(serve(accepted, of, shared));
+                        async move {
+                            served.await;
+                            drop(place);
+                        }
+                    };
                     match context.workers.elsewhere() {
                         None => drop(tokio::spawn(start(accepted))),
                         Some(worker) => match accepted.leave() {
-                            Ok(leaving) => drop(worker.spawn(Box::pin(arrive(leaving, start)))),
+                            Ok(leaving) => drop(worker.spawn(arrive(leaving, start))),
                             Err(error) => unmoved(&error),
                         },
                     }

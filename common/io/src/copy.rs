@@ -234,7 +234,8 @@ async fn from_stream(
     while let Some(batch) = poll_fn(|cx| poll_batch(recv, cx)).await {
         let batch = batch.map_err(Fault::Tunnel)?;
         let length = batch.length;
-        deliver(batch.write(&mut socket), recv, counted).await?;
+        deliver(pin!(batch.write(&mut socket)), recv, counted).await?;
+        drop(batch);
         let before = count.fetch_add(length as u64, Ordering::Relaxed);
         if before < GROW_AFTER && before + length as u64 >= GROW_AFTER {
             counted.moves_bulk();
@@ -252,26 +253,32 @@ const STALL_COUNTED_EVERY: Duration = Duration::from_millis(100);
 /// Writes a batch out. While the reader is slow, what its stream holds is charged to the workload; beyond the
 /// workload's share the stream is given up.
 async fn deliver(
-    write: impl Future<Output = io::Result<()>>,
+    mut write: Pin<&mut impl Future<Output = io::Result<()>>>,
     recv: &mut RecvStream,
     counted: &Counted,
 ) -> Result<(), Fault> {
-    let mut write = pin!(write);
-    if let Poll::Ready(done) = poll_fn(|cx| Poll::Ready(write.as_mut().poll(cx))).await {
-        return done.map_err(Fault::Application);
+    match poll_fn(|cx| Poll::Ready(write.as_mut().poll(cx))).await {
+        Poll::Ready(done) => done.map_err(Fault::Application),
+        // Boxed, so that a connection that never stalls carries neither a timer nor a charge.
+        Poll::Pending => Box::pin(stalled(write, recv, counted)).await,
     }
+}
+
+async fn stalled(
+    mut write: Pin<&mut impl Future<Output = io::Result<()>>>,
+    recv: &mut RecvStream,
+    counted: &Counted,
+) -> Result<(), Fault> {
     let mut held = counted.charge(0);
     loop {
         held.set(recv.flow_control().used_capacity());
         if !counted.has_room() {
             return Err(Fault::Overload);
         }
-        // Boxed, so that a connection that never stalls does not carry a timer.
-        let pause = Box::pin(tokio::time::sleep(STALL_COUNTED_EVERY));
         tokio::select! {
             biased;
             done = &mut write => return done.map_err(Fault::Application),
-            () = pause => {}
+            () = tokio::time::sleep(STALL_COUNTED_EVERY) => {}
         }
     }
 }
@@ -313,7 +320,7 @@ fn poll_batch(recv: &mut RecvStream, cx: &mut Context<'_>) -> Poll<Option<Result
 }
 
 impl Batch {
-    async fn write(self, socket: &mut WriteHalf<'_>) -> io::Result<()> {
+    async fn write(&self, socket: &mut WriteHalf<'_>) -> io::Result<()> {
         if self.more.is_empty() {
             return socket.write_all(&self.first).await;
         }

@@ -401,3 +401,19 @@ async fn f29_honest_cancels_retire_a_tunnel_before_its_peer_loses_patience() {
         "the peer has not asked for anything"
     );
 }
+
+#[tokio::test]
+async fn an_idle_connection_is_small() {
+    let (tunnel, mut incoming) = tunnel().await;
+    tokio::spawn(async move {
+        let mut held = vec![];
+        while let Some((_, responder)) = incoming.next().await {
+            held.push(responder.accept().unwrap());
+        }
+    });
+    let stream = tunnel.open(&connect()).await.unwrap();
+    let (app, _other) = socket_pair().await;
+    let flow = Flow::default();
+    let size = size_of_val(&relay(app, stream, &flow, Initiator::Socket));
+    assert!(size <= 1024, "{size} bytes for as long as the connection lasts");
+}
