@@ -189,11 +189,13 @@ impl Recorder {
                 None => return,
             };
             match outcome {
-                Ok(()) if failing => {
-                    failing = false;
-                    tracing::info!("the last good state is written again");
+                Ok(()) => {
+                    // Not held through the pause: at first they are the whole mesh.
+                    drop(changes);
+                    if std::mem::take(&mut failing) {
+                        tracing::info!("the last good state is written again");
+                    }
                 }
-                Ok(()) => {}
                 Err(error) if error.kind() == io::ErrorKind::InvalidData => {
                     tracing::error!(%error, "the last good state was damaged; none is kept until the next start");
                     let _ = fs::remove_file(folder.join(FILE));
