@@ -582,17 +582,30 @@ impl MeshNode {
     /// Waits until `pod` is ready in this node's view: a cluster's readiness comes after capture, too, and
     /// nobody calls what is not ready.
     pub fn wait_published(&self, pod: &Pod) -> Result<()> {
-        poll_until("the pod is published as ready", READY_WITHIN, || {
+        self.wait_workload("the pod is published as ready", pod, |one| {
+            one["status"] == "Ready"
+        })
+    }
+
+    /// Waits until a pod that has joined is called through tunnels alone: what was opened before that, in
+    /// plaintext, ends when plaintext is refused.
+    pub fn wait_tunnelled(&self, pod: &Pod) -> Result<()> {
+        self.wait_workload("the pod is published as ready, and for HBONE", pod, |one| {
+            one["status"] == "Ready" && one["protocol"] == "HBONE"
+        })
+    }
+
+    fn wait_workload(&self, what: &str, pod: &Pod, is: impl Fn(&Value) -> bool) -> Result<()> {
+        poll_until(what, READY_WITHIN, || {
             let dump: Value = serde_json::from_str(&self.admin("/config_dump")?.body)?;
             let spec = pod.spec();
-            let ready = dump["workloads"].as_array().is_some_and(|all| {
-                all.iter().any(|one| {
-                    one["name"] == *spec.name
-                        && one["namespace"] == *spec.namespace
-                        && one["status"] == "Ready"
-                })
+            let found = dump["workloads"].as_array().is_some_and(|all| {
+                let mut named = all
+                    .iter()
+                    .filter(|one| one["name"] == *spec.name && one["namespace"] == *spec.namespace);
+                named.any(&is)
             });
-            Ok(ready.then_some(()))
+            Ok(found.then_some(()))
         })
     }
 

@@ -466,7 +466,7 @@ impl Tenant {
     fn published(&self, nodes: [&MeshNode; 2]) -> Result<()> {
         for pod in self.clients.iter().chain(&self.servers) {
             for node in nodes.iter().filter(|node| node.name() == pod.node().name()) {
-                node.wait_published(pod)?;
+                node.wait_tunnelled(pod)?;
             }
         }
         Ok(())

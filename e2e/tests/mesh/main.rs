@@ -72,8 +72,8 @@ impl Shop {
         let cart = mesh
             .pod(&b, PodSpec::new("shop", "cart").port("tcp", 8080))
             .unwrap();
-        a.wait_published(&web).unwrap();
-        b.wait_published(&cart).unwrap();
+        a.wait_tunnelled(&web).unwrap();
+        b.wait_tunnelled(&cart).unwrap();
         Self {
             web,
             cart,
